@@ -1,0 +1,38 @@
+# Jasmine: `make demo` or `make test` on a fresh machine; nothing else is needed first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.PHONY: setup demo test lint lock
+setup: $(STAMP)
+
+# Installed only when the pins or the package's own metadata changed.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=python3.11")'
+	@echo "setting up $(VENV) (once, about a minute) ..."
+	@scripts/system_packages.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps -r requirements.lock
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	@touch $(STAMP)
+
+demo: setup
+	@$(BIN)/python scripts/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# Remakes requirements.lock from pyproject.toml, without index addresses. Commit the result.
+lock: setup
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --extra games --python-version 3.11 --upgrade \
+	    --no-annotate --no-header --no-emit-index-url --quiet --output-file requirements.lock
+	@echo "requirements.lock remade; run make test"

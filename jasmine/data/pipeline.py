@@ -1,0 +1,147 @@
+"""Feeds the batches of consecutive steps, read ahead by threads or worker processes.
+
+Grain's element i is the whole local batch of step `start_step + i`, read in one call: what an element is follows from
+(seed, step) alone, so threads, workers and prefetching change when a batch is read, never what is in it or the order.
+
+Invariants: a process reads only its rows of the global batch; at most `prefetch` batches (one per worker process, if
+those are more) wait in memory; worker processes never see the signals by which a cluster asks a job to save, since the
+trainer needs them until it has, and they die with the process that started them.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import grain
+import numpy as np
+from absl import flags
+
+from jasmine.data.episodes import Episodes
+from jasmine.data.records import WindowId
+from jasmine.data.sampling import WindowSampler
+
+_CLUSTER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+_ENDLESS = 2**60
+
+
+class BatchIterator(Protocol):
+    """Batches without end; `close` ends the threads and processes behind it."""
+
+    def __iter__(self) -> Self: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+def batches(
+    dataset: Episodes,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: slice | np.ndarray | None = None,
+    start_step: int = 0,
+    num_workers: int = 0,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> BatchIterator:
+    """The batches of steps `start_step`, `start_step + 1`, … without end.
+
+    Args:
+        dataset: an opened split.
+        seq_len: frames in a window.
+        batch_size: windows in the global batch, over all processes.
+        seed: of the order of windows.
+        rows: the share of the global batch that this process reads, a slice or sorted row numbers; None for all of it.
+        start_step: the step of the first batch.
+        num_workers: worker processes that read; 0 reads in this process. The program's main module must then be
+            importable without side effects (the `__main__` guard).
+        num_threads: threads that read, in each process; 0 reads when a batch is asked for. More threads hide the
+            latency of slow storage; one is enough for the page cache.
+        prefetch: batches to have ready.
+
+    Returns:
+        An iterator over {"videos": uint8 (b, seq_len, H, W, C)} and, where the dataset has actions, {"actions": int32
+        (b, seq_len, *action_shape)}, b the number of rows.
+
+    Raises:
+        UserError: no episode is as long as a window. Iterating raises it for data that turns out damaged.
+    """
+    sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path)
+    source = _StepSource(dataset, sampler, batch_size, slice(None) if rows is None else rows, start_step)
+    ahead = max(1, prefetch // max(1, num_workers))
+    read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead if num_threads else 0)
+    pipeline = grain.MapDataset.source(source).to_iter_dataset(read_options)
+    if num_workers == 0:
+        return iter(pipeline)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its flags in worker processes, and this program has no others
+    workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+    return _WorkerBatches(iter(pipeline.mp_prefetch(workers, worker_init_fn=_die_with_parent)))
+
+
+def record_ids(dataset: Episodes, *, seq_len: int, batch_size: int, seed: int, step: int) -> list[WindowId]:
+    """Where the windows of the global batch of `step` lie, in order: what to look at when that step goes wrong."""
+    episodes, starts = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path).windows(step, batch_size)
+    return [dataset.locate(int(episode), int(start)) for episode, start in zip(episodes, starts, strict=True)]
+
+
+class _WorkerBatches:
+    """Starts grain's worker processes, which it does when the first batch is asked for, with signals blocked.
+
+    Threads inherit the mask from the thread that starts them, and processes from theirs, from their first moment on.
+    """
+
+    def __init__(self, iterator: BatchIterator) -> None:
+        self._iterator = iterator
+        self._started = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._started:
+            return next(self._iterator)
+        self._started = True
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
+        try:
+            return next(self._iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+@dataclass(frozen=True)
+class _StepSource:
+    """Grain's random-access source: element i is the local batch of step `start_step + i`."""
+
+    dataset: Episodes
+    sampler: WindowSampler
+    batch_size: int
+    rows: slice | np.ndarray
+    start_step: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        episodes, starts = self.sampler.windows(self.start_step + index, self.batch_size)
+        videos, actions = self.dataset.read_windows(episodes[self.rows], starts[self.rows], self.sampler.seq_len)
+        return {"videos": videos} if actions is None else {"videos": videos, "actions": actions}
+
+
+def _die_with_parent(_worker: int, _num_workers: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

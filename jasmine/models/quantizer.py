@@ -1,0 +1,66 @@
+"""Vector quantization by cosine similarity (VQ-VAE, arXiv 1711.00937; normalised codes as in ViT-VQGAN, arXiv 2110.04627).
+
+Shape key:
+    X: any leading axes  K: codes  L: size of a code
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x scaled to length 1 along its last axis. Zero stays zero, and so does its gradient."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What a quantizer gives; all float32 but the indices.
+
+    Attributes:
+        straight_XL: the chosen code going forward; going back, the gradient passes to the encoder unchanged.
+        code_XL: the chosen code, with a gradient to the codebook.
+        encoded_XL: the normalised encoder output.
+        index_X: int32 index of the chosen code.
+    """
+
+    straight_XL: jax.Array
+    code_XL: jax.Array
+    encoded_XL: jax.Array
+    index_X: jax.Array
+
+
+class VectorQuantizer(nnx.Module):
+    """Replaces each vector by the code of largest cosine similarity."""
+
+    def __init__(self, num_latents: int, latent_dim: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+        """
+        Args:
+            dropout: chance of each code to be left out of one call's search, drawn once a call. It keeps a few codes from
+                taking everything.
+        """
+        self.dropout = dropout
+        codes = jax.random.normal(rngs.params(), (num_latents, latent_dim), jnp.float32)
+        self.codebook = nnx.Param(unit(codes), logical=(None, None))
+
+    def __call__(self, x_XL: jax.Array, key: jax.Array | None = None) -> Quantized:
+        """x_XL: encoder output, any float dtype. key: for codebook dropout; None for evaluation."""
+        # In float32 whatever the compute dtype: at bfloat16's 8 bits, near codes tie and the choice is the rounding's.
+        codebook_KL = self.codebook[...]
+        encoded_XL = unit(x_XL.astype(jnp.float32))
+        similarity_XK = encoded_XL @ unit(codebook_KL).T
+        if key is not None and self.dropout > 0:
+            dropped_K = jax.random.bernoulli(key, self.dropout, codebook_KL.shape[:1])
+            similarity_XK = jnp.where(dropped_K, -jnp.inf, similarity_XK)
+        index_X = jnp.argmax(similarity_XK, axis=-1).astype(jnp.int32)
+        code_XL = codebook_KL[index_X]
+        straight_XL = encoded_XL + jax.lax.stop_gradient(code_XL - encoded_XL)
+        return Quantized(straight_XL, code_XL, encoded_XL, index_X)
+
+    def lookup(self, index_X: jax.Array) -> jax.Array:
+        """Codes of int32 indices: (X, L) float32."""
+        return self.codebook[...][index_X]

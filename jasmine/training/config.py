@@ -1,0 +1,160 @@
+"""Options that every baseline has. A baseline adds its model's and changes defaults; the names mean the same in all.
+
+Names follow the published Jasmine where it has the option.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jasmine.errors import UserError
+from jasmine.models.transformer import RematPolicy
+from jasmine.training.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Data, schedule, parallelism, logging and checkpoints of a training run."""
+
+    # --- where things are ---
+    data_dir: str = ""
+    """Training data: a split's folder (`data/coinrun/train`) or a dataset's root (then its `train`)."""
+    val_data_dir: str = ""
+    """Validation data, likewise (of a root: its `val`). Empty: no evaluation."""
+    ckpt_dir: str = ""
+    """The run directory: checkpoints, metrics and pictures. Default: `JASMINE_RUN_DIR`, which the launcher sets."""
+    restore_ckpt: bool = True
+    """Go on from the newest checkpoint of the run directory. With --no-restore_ckpt a run that has some is refused."""
+    image_height: int | None = None
+    """Frame height in pixels. Only for data in the published format, which does not store it: all three, or none for
+    64×64×3."""
+    image_width: int | None = None
+    """Frame width, likewise."""
+    image_channels: int | None = None
+    """Colour channels, likewise."""
+    num_workers: int = 0
+    """Processes that read data. 0: threads, which are enough for raw frames; compressed ones gain from workers."""
+
+    # --- how long, with what ---
+    seed: int = 0
+    """Of parameters, data order and every random draw. With `step` it fixes the run."""
+    num_steps: int = 300_000
+    """Length of the schedule in optimizer updates."""
+    stop_at_step: int = 0
+    """Save and finish at this step of the same schedule; 0: at its end."""
+    batch_size: int = 48
+    """Clips in the global batch."""
+    seq_len: int = 16
+    """Frames in a clip."""
+    grad_accumulation_steps: int = 1
+    """Parts that a batch is worked through in, one update for all: less memory, the same step."""
+
+    # --- optimizer ---
+    init_lr: float = 0.0
+    """Learning rate at step 0."""
+    max_lr: float = 3e-4
+    """Learning rate after warm-up."""
+    decay_end: float = 0.0
+    """Learning rate at the end."""
+    lr_schedule: Literal["wsd", "cos"] = "wsd"
+    """Warm-up, stable, linear decay (arXiv 2404.06395), or warm-up and cosine."""
+    warmup_steps: int | None = None
+    """Linear warm-up. Default: 1/30 of num_steps, at most 10000."""
+    wsd_decay_steps: int | None = None
+    """Length of the final decay of `wsd`. Default: 1/10 of num_steps."""
+    adam_b1: float = 0.9
+    adam_b2: float = 0.9
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.0
+    """Clip gradients to this global norm; 0: do not."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights and evaluate it; 0: do not."""
+
+    # --- numerics and parallelism ---
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of activations and matrix products. Parameters, optimizer, normalisation and losses are float32."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    remat: RematPolicy = "none"
+    """What the backward pass recomputes: `none`, `dots` (all but matrix products), `full` (each block), `offload`."""
+    use_flash_attention: bool = True
+    """cuDNN's fused attention on NVIDIA GPUs in bfloat16."""
+
+    # --- logging ---
+    log: bool = False
+    """Log to Weights & Biases as well (`WANDB_MODE=offline` works)."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory as well."""
+    name: str = ""
+    """Name of the run in wandb. Default: the run directory's."""
+    project: str = "jasmine"
+    entity: str = ""
+    tags: tuple[str, ...] = ()
+    log_interval: int = 50
+    """Steps between lines of metrics.jsonl."""
+    log_gradients: bool = False
+    """Log the standard deviation of the gradients of each component."""
+    log_batch_checksum: bool = False
+    """Log a checksum of the global batch's pixels: equal on every topology."""
+    profile_steps: str = ""
+    """`a:b` writes a profiler trace of steps a to b into the run directory."""
+
+    # --- checkpoints and evaluation ---
+    log_checkpoint_interval: int = 1000
+    """Steps between checkpoints."""
+    log_checkpoint_keep_period: int = 20_000
+    """Checkpoints at multiples of this are kept for ever; 0: none are."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    val_interval: int = 20_000
+    """Steps between evaluations."""
+    val_steps: int = 50
+    """Batches of an evaluation."""
+
+    def resolved_warmup(self) -> int:
+        """Warm-up in steps, with the default filled in."""
+        return min(10_000, self.num_steps // 30) if self.warmup_steps is None else self.warmup_steps
+
+    def resolved_decay(self) -> int:
+        """Final decay in steps, with the default filled in."""
+        return self.num_steps // 10 if self.wsd_decay_steps is None else self.wsd_decay_steps
+
+    def profile_window(self) -> tuple[int, int] | None:
+        """First and last step of `profile_steps`."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise UserError(f"--profile_steps={self.profile_steps}: expected a:b with a < b, for example 10:15")
+        return int(first), int(last)
+
+    def check(self) -> None:
+        """Raises UserError for values that can be refused before anything is opened or allocated."""
+        if not self.data_dir:
+            raise UserError(
+                "--data_dir is not set: name a dataset, e.g. one made by `python -m jasmine.data.make coinrun`"
+            )
+        for name in (
+            "num_steps",
+            "batch_size",
+            "seq_len",
+            "grad_accumulation_steps",
+            "log_interval",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name in ("log_checkpoint_interval", "val_interval", "val_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name}={getattr(self, name)}: must be at least 1 (a number past num_steps means never)"
+                )
+        if self.stop_at_step > self.num_steps:
+            raise UserError(f"--stop_at_step={self.stop_at_step} is past the end, --num_steps={self.num_steps}")
+        if len({size is None for size in (self.image_height, self.image_width, self.image_channels)}) > 1:
+            raise UserError("give all of --image_height, --image_width and --image_channels, or none")
+        decay = self.resolved_decay() if self.lr_schedule == "wsd" else 0
+        if self.resolved_warmup() + decay > self.num_steps:
+            raise UserError(
+                f"--warmup_steps={self.resolved_warmup()} and --wsd_decay_steps={decay} together are longer than "
+                f"--num_steps={self.num_steps}; leave them out to have them derived from it"
+            )
+        self.profile_window()

@@ -1,0 +1,106 @@
+"""From the host's pipeline to the devices: the next global batch is there before the step that uses it starts."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jasmine.data.episodes import Episodes
+from jasmine.data.pipeline import batches
+from jasmine.training.config import TrainConfig
+from jasmine.training.sharding import ShardingRules
+from jasmine.training.task import Batch
+
+DEVICE_BATCHES_AHEAD = 2
+
+
+class DataFeed:
+    """Iterates over global batches on the devices, from `start_step` on, for ever.
+
+    Each process reads only the rows that its devices need; a thread reads, cuts and copies ahead of the step. What a
+    batch holds follows from the seed and the step alone (`jasmine.data.sampling`).
+    """
+
+    def __init__(
+        self,
+        dataset: Episodes,
+        config: TrainConfig,
+        mesh: Mesh,
+        rules: ShardingRules,
+        *,
+        seed: int,
+        start_step: int = 0,
+    ):
+        self._sharding = NamedSharding(mesh, rules.spec(("batch",), (config.batch_size,), mesh))
+        shards = self._sharding.addressable_devices_indices_map((config.batch_size,))
+        self._device_rows = {
+            device: range(*index[0].indices(config.batch_size)) for device, index in shards.items() if index is not None
+        }
+        # Devices of a process may hold the same rows (tensor parallel) and, on some pods, rows that are not neighbours.
+        self._rows = np.unique(np.concatenate([np.array(rows) for rows in self._device_rows.values()]))
+        self._batch_size = config.batch_size
+        self._source: Iterator[dict[str, np.ndarray]] = batches(
+            dataset,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=seed,
+            rows=self._rows,
+            start_step=start_step,
+            num_workers=config.num_workers,
+        )
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(DEVICE_BATCHES_AHEAD)
+        self._closed = threading.Event()
+        self.waited_seconds = 0.0
+        self._thread = threading.Thread(target=self._fill, name="data-feed", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises what the pipeline raised. `waited_seconds` adds up what callers waited."""
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited_seconds += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread; batches in flight are dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _fill(self) -> None:
+        try:
+            for local in self._source:
+                self._put({name: self._to_devices(array) for name, array in local.items()})
+                if self._closed.is_set():
+                    return
+        except BaseException as error:  # the consumer raises it where the user sees it
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def _to_devices(self, local: np.ndarray) -> jax.Array:
+        pieces = []
+        for device, rows in self._device_rows.items():
+            first = int(np.searchsorted(self._rows, rows.start))
+            pieces.append(jax.device_put(local[first : first + len(rows)], device))
+        shape = (self._batch_size, *local.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, pieces)

@@ -1,0 +1,216 @@
+"""Finds out where this process runs and joins its peers: Slurm, Cloud TPU, GKE, an explicit coordinator, or alone.
+
+Nothing here needs the launcher: a plain `srun python …`, `torchrun`-like variables or a bare `python …` work. After
+`initialize()` jax knows all devices of the job, and `topology()` says what was found.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from jasmine.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Cold starts on large pods are uneven: pulling an environment over a network disk can take one host many minutes.
+INIT_TIMEOUT_SECONDS = 1800
+# How long a host may be silent before its peers give up. Training blocks no heartbeat: it has a thread of its own.
+HEARTBEAT_SECONDS = 60
+SHUTDOWN_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendezvous:
+    """Where the processes of a job meet. `source` is how it was found; fields that are None are jax's to detect."""
+
+    source: str
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] | None = None
+
+
+def find_rendezvous(env: Mapping[str, str]) -> Rendezvous | None:
+    """Reads the environment; None means one process.
+
+    Raises:
+        UserError: variables that contradict each other or are incomplete.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in env and ("JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env):
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        return _explicit("explicit coordinator", env, *names)
+    if "RANK" in env and "WORLD_SIZE" in env and int(env["WORLD_SIZE"]) > 1:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: set all four, or none")
+        local = (int(env["LOCAL_RANK"]),) if int(env.get("LOCAL_WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in env else None
+        address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        return Rendezvous("torchrun variables", address, int(env["WORLD_SIZE"]), int(env["RANK"]), local)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1:
+        return Rendezvous("Slurm step")
+    if _on_tpu_pod(env):
+        return Rendezvous("Cloud TPU")
+    if "JOBSET_NAME" in env and "JOB_COMPLETION_INDEX" in env:
+        return Rendezvous("GKE job set")
+    return None
+
+
+def _explicit(source: str, env: Mapping[str, str], address: str, count: str, index: str) -> Rendezvous:
+    missing = [name for name in (address, count, index) if name not in env]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not set although {address} is: set all of {address}, {count}, {index}")
+    return Rendezvous(source, env[address], int(env[count]), int(env[index]))
+
+
+def _on_tpu_pod(env: Mapping[str, str]) -> bool:
+    if "cpu" in env.get("JAX_PLATFORMS", "") and "GCE_METADATA_IP" not in env:
+        return False
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # no public name: jax keeps detection to itself
+
+    try:
+        return bool(GceTpuCluster.is_env_present()) and int(GceTpuCluster.get_process_count()) > 1
+    except Exception as error:  # the metadata server of a VM that is not a TPU answers in many ways
+        logger.debug("no Cloud TPU here: %r", error)
+        return False
+
+
+def initialize() -> None:
+    """Joins the job's other processes, if there are any. Call it once, before anything touches a device.
+
+    Timeouts come from `JASMINE_INIT_TIMEOUT` and `JASMINE_HEARTBEAT_TIMEOUT` (seconds) where set.
+
+    Raises:
+        UserError: the environment describes no usable job, or the coordinator did not answer in time.
+    """
+    _quiet_libraries()
+    _enable_compilation_cache()
+    # Our own agreement on a stopping step listens to three signals; jax's would take SIGTERM away from it.
+    jax.config.update("jax_enable_preemption_service", False)
+    found = find_rendezvous(os.environ)
+    if found is None:
+        return
+    init_timeout = int(os.environ.get("JASMINE_INIT_TIMEOUT", INIT_TIMEOUT_SECONDS))
+    heartbeat = int(os.environ.get("JASMINE_HEARTBEAT_TIMEOUT", HEARTBEAT_SECONDS))
+    host = (found.coordinator or "").rpartition(":")[0]
+    loopback = host in ("localhost", "127.0.0.1")
+    try:
+        jax.distributed.initialize(
+            coordinator_address=found.coordinator,
+            num_processes=found.num_processes,
+            process_id=found.process_id,
+            local_device_ids=found.local_device_ids,
+            initialization_timeout=init_timeout,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            # A job on this machine alone has no business listening on its other addresses.
+            coordinator_bind_address=found.coordinator if loopback and found.process_id == 0 else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"could not join the job ({found.source}, coordinator {found.coordinator or 'detected by jax'}) "
+            f"within {init_timeout} s: {first_line}"
+        ) from error
+
+
+def topology() -> str:
+    """One line on what was found, for the log: processes, devices and their kind."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else "CPU"
+    found = find_rendezvous(os.environ)
+    return (
+        f"{jax.process_count()} process(es) × {jax.local_device_count()} {kind} device(s) = {jax.device_count()} devices; "
+        f"this is process {jax.process_index()} on {socket.gethostname()} ({found.source if found else 'single process'})"
+    )
+
+
+def agree(key: str, value: str | None = None, timeout_seconds: float = 600) -> str:
+    """Process 0's `value`, on every process, through the coordinator (no device needed).
+
+    Args:
+        key: a name that is used once in the life of the job.
+        value: given by process 0; ignored elsewhere.
+    """
+    if jax.process_count() == 1:
+        assert value is not None
+        return value
+    client = coordination_client()
+    if jax.process_index() == 0:
+        assert value is not None
+        client.key_value_set(f"jasmine/agree/{key}", value)
+        return value
+    return client.blocking_key_value_get(f"jasmine/agree/{key}", int(timeout_seconds * 1000))
+
+
+def coordination_client():  # type: ignore[no-untyped-def]  # the type is jaxlib's own
+    """The client of jax's coordination service, or None in a job of one process."""
+    from jax._src import distributed  # the service has no public name
+
+    return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def exit_with_job() -> Iterator[None]:
+    """Around a process's whole work: any error ends this process at once, after its message is out.
+
+    In a job of many processes, leaving normally would wait in jax's exit barrier for peers that are themselves waiting
+    in a collective for this one (five minutes by default). A user's mistake is one line and exit code 2; a bug of ours
+    or a lost peer keeps its traceback and exit code 1.
+    """
+    from jasmine.errors import EXIT_USER_ERROR
+
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+        if code == 0 or not _in_job():
+            raise
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    else:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _in_job() -> bool:
+    return coordination_client() is not None
+
+
+def _enable_compilation_cache() -> None:
+    """Compiled steps are kept from run to run, so that a resumed job starts at once. Empty variable: no cache."""
+    chosen = os.environ.get("JASMINE_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+    if chosen is None:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        chosen = str(Path(cache_home) / "jasmine" / "xla")
+    if not chosen:
+        return
+    if "://" not in chosen:
+        try:
+            Path(chosen).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("no compilation cache: %s", error)
+            return
+        chosen = str(Path(chosen).expanduser())
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _quiet_libraries() -> None:
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("orbax").setLevel(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -1,0 +1,113 @@
+"""Save and leave: SIGTERM, SIGUSR1 or SIGUSR2 to any process makes all of them stop after the same step.
+
+A cluster may warn one process, some or all, at any moment, and the processes' host loops are a few steps apart. The
+agreement goes through jax's coordination service: the warned process announces; a thread in each process answers with
+the step its loop is in, while holding the loop at its next boundary; the stop is one step after the largest answer,
+which no loop can have passed. A loop that is held waits only for threads, never for a device, so nothing deadlocks.
+Cost in the hot path: one uncontended lock a step.
+"""
+
+import logging
+import signal
+import socket
+import threading
+from types import FrameType
+
+import jax
+
+from jasmine.training import distributed
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_SAVED = 75
+_POLL_SECONDS = 10
+_ANSWER_SECONDS = 120
+
+
+class StopSignal:
+    """Turns the three signals into one agreed step. Make it before anything slow; signals are never lost after that."""
+
+    def __init__(self) -> None:
+        # The kernel's handler writes to this pipe even while the main thread is inside a long device call.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._lock = threading.Lock()
+        self._step = 0
+        self._stop_at: int | None = None
+        self._received = threading.Event()
+        self._closed = threading.Event()
+        self.received_signal: str | None = None
+        threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
+
+    def start(self) -> None:
+        """Begins to exchange with the peers; call it after `distributed.initialize`. A signal before that counts too."""
+        if jax.process_count() == 1:
+            return
+        threading.Thread(target=self._announce, name="stop-announce", daemon=True).start()
+        threading.Thread(target=self._answer, name="stop-answer", daemon=True).start()
+
+    def reached(self, step: int) -> bool:
+        """True when the run must be saved and left now. Call it at every step boundary with finished updates so far."""
+        with self._lock:
+            self._step = step
+            if jax.process_count() == 1:
+                return self._received.is_set()
+            return self._stop_at is not None and step >= self._stop_at
+
+    def close(self) -> None:
+        """Puts the process's signal handlers back."""
+        self._closed.set()
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()
+
+    def _listen(self) -> None:
+        while not self._closed.is_set():
+            received = self._reader.recv(16)
+            if not received:
+                return
+            for number in received:
+                if number in SIGNALS:
+                    self.received_signal = signal.Signals(number).name
+                    self._received.set()
+
+    def _announce(self) -> None:
+        self._received.wait()
+        client = distributed.coordination_client()
+        try:
+            client.key_value_set("jasmine/stop", f"process {jax.process_index()}", allow_overwrite=True)
+        except Exception as error:  # the service ends with the job; then there is nobody to tell
+            logger.debug("stop not announced: %r", error)
+
+    def _answer(self) -> None:
+        client = distributed.coordination_client()
+        while True:
+            try:
+                origin = client.blocking_key_value_get("jasmine/stop", _POLL_SECONDS * 1000)
+                break
+            except Exception as error:
+                if self._closed.is_set() or "DEADLINE_EXCEEDED" not in str(error):
+                    return
+        with self._lock:  # holds the loop at its next boundary until the stop is known
+            client.key_value_set(f"jasmine/stop/at/{jax.process_index()}", str(self._step))
+            steps = [
+                int(client.blocking_key_value_get(f"jasmine/stop/at/{p}", _ANSWER_SECONDS * 1000))
+                for p in range(jax.process_count())
+            ]
+            self._stop_at = max(steps) + 1
+            if self.received_signal is None:
+                self.received_signal = f"signal to {origin}"
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Python needs a handler for its wake-up pipe to be written to; the work is done by the thread that reads it."""
+
+
+def ignore_stop_signals() -> None:
+    """For helper processes: signals sent to a whole process group are the trainer's to answer."""
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

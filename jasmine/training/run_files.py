@@ -1,0 +1,167 @@
+"""The job's own files in the run directory: config.json, metrics.jsonl, events.jsonl, pictures. Process 0 writes them.
+
+The launcher writes `run.json`, `attempts/` and more events; nothing here depends on it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from jasmine.errors import UserError
+from jasmine.training.config import TrainConfig
+
+
+def attempt() -> int:
+    """Which attempt of the run this is, by the launcher (`JASMINE_ATTEMPT`); 1 without one."""
+    return int(os.environ.get("JASMINE_ATTEMPT", "1"))
+
+
+def run_directory(config: TrainConfig) -> epath.Path:
+    """`--ckpt_dir`, or `JASMINE_RUN_DIR`. Creates nothing.
+
+    Raises:
+        UserError: neither is set.
+    """
+    chosen = config.ckpt_dir or os.environ.get("JASMINE_RUN_DIR", "")
+    if not chosen:
+        raise UserError("--ckpt_dir is not set (nor JASMINE_RUN_DIR): name a folder for checkpoints and metrics")
+    return epath.Path(chosen if "://" in chosen else os.path.abspath(os.path.expanduser(chosen)))
+
+
+def prepare(run_dir: epath.Path) -> None:
+    """Makes the run directory and checks that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = run_dir / f".write-test-{uuid.uuid4().hex}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from error
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a whole file, or leaves what was there."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_config(run_dir: epath.Path, config: TrainConfig, job: str) -> None:
+    """`config.json`: every option as it was used; what loads this run later reads the model's shape from it."""
+    record = {"job": job, "config": dataclasses.asdict(config)}
+    write_atomically(run_dir / "config.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def read_config(run_dir: epath.Path) -> dict[str, Any] | None:
+    """What `write_config` wrote; None where there is none or it is broken."""
+    try:
+        record = json.loads((run_dir / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else None
+
+
+class JsonLines:
+    """Appends one JSON object a line; a line is on disk, whole, when `write` returns."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, default=_plain, allow_nan=True) + "\n"
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a line torn by a crash is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def log_event(run_dir: epath.Path, event: str, **fields: Any) -> None:
+    """Appends to `events.jsonl`: what happened, when, on which host, in which attempt."""
+    record = {"time": time.time(), "event": event, "attempt": attempt(), "host": socket.gethostname(), **fields}
+    JsonLines(run_dir / "events.jsonl").write({**record, "process": jax.process_index()})
+
+
+def rewind_metrics(run_dir: epath.Path, step: int) -> None:
+    """Before going on from `step`: takes the lines of later steps, whose work was lost, out of `metrics.jsonl`.
+
+    They move to `metrics.superseded.jsonl`, so that each step stands once in the one file and nothing is lost.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    records = read_lines(path)
+    kept = [record for record in records if record.get("step", 0) <= step]
+    lost = [record for record in records if record.get("step", 0) > step]
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    if lines == path.read_text():
+        return
+    superseded = JsonLines(run_dir / "metrics.superseded.jsonl")
+    for record in lost:
+        superseded.write(record)
+    write_atomically(path, lines.encode())
+
+
+def write_png(path: epath.Path, image_HWC: np.ndarray) -> None:
+    """An image, float in [0, 1] or uint8, as a PNG file."""
+    import io
+
+    pixels = image_HWC if image_HWC.dtype == np.uint8 else (np.clip(image_HWC, 0, 1) * 255 + 0.5).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def seconds(value: float) -> str:
+    """A duration for people: 42s, 3m10s, 2h05m, 3d04h."""
+    if not math.isfinite(value):
+        return "?"
+    whole = int(value)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

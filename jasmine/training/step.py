@@ -1,0 +1,106 @@
+"""One optimizer update, and one evaluation, as compiled functions of the global batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jasmine.training.optimizer import learning_rate
+from jasmine.training.sharding import ShardingRules, constrain, use_sharding
+from jasmine.training.state import ModelDefinition, Params, TrainState
+from jasmine.training.task import Batch, Keys, Metrics, Task
+
+
+def batch_checksum(videos_BTHWC: jax.Array) -> jax.Array:
+    """uint32 of the pixels of a global batch. Each pixel is weighed by its place, so that swapped examples show; integers
+    wrap, so that the order of summation, and with it the topology, does not."""
+    place = jnp.arange(videos_BTHWC.size, dtype=jnp.uint32).reshape(videos_BTHWC.shape)
+    weight = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
+    weight = (weight ^ (weight >> 16)) * jnp.uint32(0x45D9F3B) | jnp.uint32(1)
+    return jnp.sum((videos_BTHWC.astype(jnp.uint32) + 1) * weight, dtype=jnp.uint32)
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The random key of the update that takes `step` to `step + 1`."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def make_update(
+    task: Task,
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules,
+    abstract: TrainState,
+) -> Any:
+    """The jitted `(state, batch) -> (state, metrics)`, not yet compiled. The state is donated and keeps the shardings of
+    `abstract`; metrics are replicated scalars."""
+    config = task.config
+    schedule = learning_rate(config)
+    parts = config.grad_accumulation_steps
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        value, metrics = task.loss(definition.module(params), batch, Keys(key))
+        return value.astype(jnp.float32), metrics
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics, Params]:
+        if parts == 1:
+            (value, metrics), grads = value_and_grad(params, batch, key)
+            return value, metrics, grads
+
+        # Part i takes every parts-th example, so that each device keeps the examples that it has.
+        def cut(x: jax.Array) -> jax.Array:
+            return constrain(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, "batch")
+
+        def add(total: Any, scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            part, index = scanned
+            (value, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda a, b: a + b / parts, total, (value, metrics, grads)), None
+
+        cut_batch = jax.tree.map(cut, batch)
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], cut_batch), key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
+        return jax.lax.scan(add, zero, (cut_batch, jnp.arange(parts)))[0]
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_sharding(mesh, rules):
+            value, metrics, grads = gradients(state.params, batch, step_key(config.seed, state.step))
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = jax.tree.map(lambda a, p: a + (1 - config.ema_decay) * (p - a), ema, params)
+            logged = {"loss": value, "lr": schedule(state.step), "grad_norm": optax.global_norm(grads), **metrics}
+            if config.log_gradients:
+                for name, part in grads.items():
+                    logged[f"gradient_std/{name}"] = _std(part)
+            if config.log_batch_checksum:
+                logged["batch_checksum"] = batch_checksum(batch["videos"])
+            return TrainState(state.step + 1, params, opt_state, ema), logged
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _std(tree: Any) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    count = sum(leaf.size for leaf in leaves)
+    mean = sum(leaf.sum() for leaf in leaves) / count
+    return jnp.sqrt(sum(jnp.square(leaf - mean).sum() for leaf in leaves) / count)
+
+
+def make_evaluation(
+    task: Task, definition: ModelDefinition, mesh: Mesh, rules: ShardingRules
+) -> Callable[[Params, Batch, jax.Array], tuple[Metrics, dict[str, jax.Array]]]:
+    """The compiled `(params, batch, key) -> (metrics, media)`, results replicated."""
+
+    def evaluate(params: Params, batch: Batch, key: jax.Array) -> tuple[Metrics, dict[str, jax.Array]]:
+        with use_sharding(mesh, rules):
+            return task.evaluate(definition.module(params), batch, Keys(key))
+
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,279 @@
+"""The `local` backend: this machine as a cluster of processes, under a supervisor that is detached from the terminal.
+
+The supervisor starts one worker per host, and attempt after attempt decides what follows from how they ended:
+
+- all exited 0: finished;
+- all left with their state saved (75): started again, out of the budget for preemptions;
+- anything else: the others, who may hang in a collective with the dead one, are ended within seconds, and the job is
+  started again from its last checkpoint, out of the budget for failures. Exit code 2 without any progress is the user's
+  mistake, which a restart would only repeat: no restart.
+
+SIGTERM to the supervisor (its machine goes down) and a cancel request make every host save and leave, and end the run.
+The supervisor runs from the run's own code snapshot and reads its plan, which holds secrets, from standard input.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    # As a script, Python puts this file's directory first; what it imports starts two levels up.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from pydantic import TypeAdapter
+
+from launch.plan import Host, Plan, host_environment, scrubbed
+from launch.record import Attempt, HostExit, RunRecord, State, Supervisor, read_record, write_record
+from launch.run_dir import RunDir
+from launch.worker import EXIT_SAVED, LEAVE_SIGNALS, end_group
+
+# Between the first failure and the end of the other processes.
+FAILURE_GRACE_SECONDS = 10.0
+# So that a job which fails at once does not spin.
+RESTART_DELAY_SECONDS = 1.0
+# How often a cancel request is looked for; it is a file, because who asks may sit on another machine.
+POLL_SECONDS = 0.25
+
+Ask = Literal["cancel", "signal"]
+
+
+def start_supervisor(plan: Plan, lock: int) -> int:
+    """Start the supervisor of a run, in a session of its own, and return its process id.
+
+    Args:
+        plan: what to run; its code snapshot must have been written.
+        lock: the descriptor that holds the run's lock; the supervisor inherits it.
+    """
+    run = RunDir(Path(plan.run_dir))
+    script = plan.code_dir / "launch" / "backends" / "local.py"
+    with run.supervisor_log.open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, str(script), "--run_dir", str(run.root), "--lock_fd", str(lock)],
+            cwd=run.root,
+            env=scrubbed(os.environ),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[lock],
+        )
+    assert supervisor.stdin is not None
+    with contextlib.suppress(BrokenPipeError), supervisor.stdin:  # if it died at once, its log says why
+        supervisor.stdin.write(json.dumps(dataclasses.asdict(plan)).encode())
+    supervisor.returncode = 0  # it is meant to outlive us: no warning about a child that still runs
+    return supervisor.pid
+
+
+def main() -> int:
+    """Supervise the run whose plan is on standard input; return the run's exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS | {signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's `ignore` would be inherited, and lose exit codes
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--lock_fd", type=int, required=True, help="an inherited descriptor that holds the run's lock")
+    options = parser.parse_args()
+    plan = TypeAdapter(Plan).validate_json(sys.stdin.buffer.read())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    run = RunDir(options.run_dir)
+    record = read_record(run)
+    assert record is not None, f"{run.record} is missing"
+    return _Supervisor(plan, run, record, options.lock_fd).run_to_the_end()
+
+
+class _Supervisor:
+    """The life of one submission: attempts, budgets, and the states they lead to."""
+
+    def __init__(self, plan: Plan, run: RunDir, record: RunRecord, lock: int) -> None:
+        self.plan = plan
+        self.run = run
+        self.record = record
+        self.lock = lock
+        self.asked: Ask | None = None  # why the hosts should leave, once they should
+
+    def run_to_the_end(self) -> int:
+        """Make attempts until the run needs no other, or may have no other."""
+        self.record.supervisor = Supervisor(host=socket.gethostname(), pid=os.getpid())
+        budget = {
+            "failed": ("max_failures", self.plan.settings["max_failures"]),
+            "preempted": ("max_preemptions", self.plan.settings["max_preemptions"]),
+        }
+        spent = {"failed": 0, "preempted": 0}
+        number = self.plan.first_attempt
+        while True:
+            progress_before = self._progress()
+            attempt = self._attempt(number)
+            if attempt.outcome == "finished":
+                return self._end("finished", 0)
+            assert attempt.outcome is not None
+            code = EXIT_SAVED if attempt.outcome == "preempted" else _first_failure(attempt).code
+            if self.asked == "cancel":
+                return self._end("cancelled", code, None if code == EXIT_SAVED else "the job had not saved its state")
+            if attempt.outcome == "failed" and code == 2 and self._progress() <= progress_before:
+                return self._end("failed", code, "the job refused its options or its data; not tried again")
+            if self.asked == "signal":
+                if code == EXIT_SAVED:
+                    return self._end("preempted", code, "the supervisor was told to stop; resume the run to go on")
+                return self._end(
+                    "failed", code, "the supervisor was told to stop, and the job could not save its state"
+                )
+            key, limit = budget[attempt.outcome]
+            if spent[attempt.outcome] >= limit:
+                return self._end(attempt.outcome, code, f"its restarts are used up ({key}: {limit})")
+            spent[attempt.outcome] += 1
+            number += 1
+            self.run.append_event(
+                "restarted", attempt=number, after=attempt.outcome, used=spent[attempt.outcome], of=limit
+            )
+            if attempt.outcome == "failed" and self._wait_for_a_signal(RESTART_DELAY_SECONDS):
+                state: State = "cancelled" if self.asked == "cancel" else "failed"
+                return self._end(state, code, "stopped while waiting to start again after a failure")
+
+    def _attempt(self, number: int) -> Attempt:
+        """Start all hosts, see them to their end, and return how it went."""
+        settings = self.plan.settings
+        attempt = Attempt(
+            number=number,
+            processes=settings["processes"],
+            devices_per_process=settings["devices_per_process"],
+            code=self.plan.code.hash,
+            started=time.time(),
+        )
+        self.record.attempts.append(attempt)
+        self._write("running")
+        self.run.attempt(number).mkdir(parents=True)
+        self.run.append_event("attempt_started", attempt=number, processes=settings["processes"])
+        port = _free_port()
+        workers = {host.index: self._start_worker(host, number, port) for host in self.plan.hosts}
+        asked_before = False
+        kill_at: float | None = None  # when whoever is left will be killed
+        killed_before = False
+        while workers:
+            self._wait_for_a_signal(POLL_SECONDS)
+            ended = [host for host, worker in workers.items() if worker.poll() is not None]
+            exits = [self._exit_of(number, host, workers.pop(host).returncode) for host in ended]
+            for one in sorted(exits, key=lambda one: one.ended):
+                attempt.exits.append(one)
+                self.run.append_event("host_exited", attempt=number, host=one.host, code=one.code, signal=one.signal)
+                if attempt.first_failed is None and _kind(one) == "failed":
+                    attempt.first_failed = one.host
+                    self.run.append_event("failed", attempt=number, host=one.host, code=one.code)
+            now = time.monotonic()
+            grace = float(settings["grace_seconds"])
+            if self.asked and not asked_before:
+                asked_before = True
+                self.run.append_event("signalled", attempt=number, signal="SIGTERM", why=self.asked)
+                kill_at = now + grace
+                self._tell(workers.values(), signal.SIGTERM)
+            if exits and workers:
+                broken = any(_kind(one) in ("failed", "stopped") for one in attempt.exits)
+                limit = now + (FAILURE_GRACE_SECONDS if broken else grace)
+                if broken and (kill_at is None or kill_at > limit):
+                    self._tell(workers.values(), signal.SIGTERM)
+                kill_at = limit if kill_at is None else min(kill_at, limit)
+            if kill_at is not None and now > kill_at:
+                self.run.append_event("killed", attempt=number, hosts=sorted(workers))
+                for host, worker in workers.items():
+                    self._kill(number, host, worker, worker_too=killed_before)
+                killed_before, kill_at = True, now + 5.0
+        attempt.ended = time.time()
+        kinds = {_kind(one) for one in attempt.exits}
+        attempt.outcome = "finished" if kinds == {"finished"} else "failed" if "failed" in kinds else "preempted"
+        if attempt.outcome == "preempted":
+            self.run.append_event("preempted", attempt=number)
+        self._write("running")
+        return attempt
+
+    def _start_worker(self, host: Host, attempt: int, port: int) -> subprocess.Popen[bytes]:
+        python, *_ = self.plan.argv
+        options = ["--host", str(host.index), "--cwd", self.plan.cwd, "--parent_pid", str(os.getpid())]
+        options += ["--grace_seconds", str(self.plan.settings["grace_seconds"])]
+        worker = str(self.plan.code_dir / "launch" / "worker.py")
+        return subprocess.Popen(
+            [python, worker, *options, "--", *self.plan.argv],
+            env={**scrubbed(os.environ), **host_environment(self.plan, host, attempt, port)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=[self.lock],
+        )
+
+    def _wait_for_a_signal(self, seconds: float) -> bool:
+        """Wait for a child's end, a request to leave or the time limit; return whether the run has been asked to end."""
+        received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, seconds)
+        if received is not None and received.si_signo != signal.SIGCHLD and self.asked is None:
+            self.asked = "signal"
+        if self.run.cancel_request.exists():
+            self.asked = "cancel"
+        return self.asked is not None
+
+    def _tell(self, workers: Iterable[subprocess.Popen[bytes]], signum: signal.Signals) -> None:
+        for worker in workers:
+            worker.send_signal(signum)
+
+    def _kill(self, attempt: int, host: int, worker: subprocess.Popen[bytes], *, worker_too: bool) -> None:
+        """Kill the job under a worker, which then reports it and ends; or the worker, if that is what does not end."""
+        try:
+            end_group(int(self.run.pid_file(attempt, host).read_text()))
+        except FileNotFoundError:
+            worker_too = True
+        if worker_too:
+            worker.kill()
+
+    def _exit_of(self, attempt: int, host: int, returncode: int) -> HostExit:
+        """Return what a worker wrote about its job's end, or what can be said of a worker that was killed."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return HostExit.model_validate_json(self.run.exit_file(attempt, host).read_text())
+        with contextlib.suppress(FileNotFoundError):  # the kernel killed the job; end what it had started, too
+            end_group(int(self.run.pid_file(attempt, host).read_text()))
+        name = signal.Signals(-returncode).name if returncode < 0 else None
+        code = 128 - returncode if returncode < 0 else returncode
+        return HostExit(host=host, code=code, signal=name, ended=time.time())
+
+    def _progress(self) -> int:
+        """Return a number that grows when the job logs a step (and shrinks when it goes back to a checkpoint)."""
+        return self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
+
+    def _write(self, state: State) -> None:
+        self.record.state = state
+        self.record.changed = time.time()
+        write_record(self.run, self.record)
+
+    def _end(self, state: State, code: int, reason: str | None = None) -> int:
+        self.record.exit_code = code
+        self.record.reason = reason
+        self.run.append_event(state, attempt=self.record.attempts[-1].number, code=code, reason=reason, final=True)
+        self._write(state)
+        return code
+
+
+def _kind(one: HostExit) -> Literal["finished", "saved", "stopped", "failed"]:
+    if one.code == 0:
+        return "finished"
+    if one.code == EXIT_SAVED:
+        return "saved"
+    # Told to leave before it could listen, as while it still imports: nothing was done that could be lost.
+    return "stopped" if one.signal in one.forwarded else "failed"
+
+
+def _first_failure(attempt: Attempt) -> HostExit:
+    return next(one for one in attempt.exits if one.host == attempt.first_failed)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Shows what the processes of a run print: whole logs of one attempt, or everything as it comes.
+
+A log is shown line by line, so that lines of several hosts do not mix; while a run lives, a line that is not complete
+yet waits for its end.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.record import RunRecord
+from launch.run_dir import RunDir
+
+POLL_SECONDS = 0.1
+
+Print = Callable[[str], None]
+
+
+def hosts_in_order(run: RunDir, record: RunRecord, attempt: int) -> list[int]:
+    """Return the hosts that have a log in an attempt: the one that failed first, then the others by number."""
+    failed = next((a.first_failed for a in record.attempts if a.number == attempt), None)
+    return sorted(run.logged_hosts(attempt), key=lambda host: (host != failed, host))
+
+
+def show_logs(run: RunDir, attempt: int, hosts: list[int], write: Print, *, prefix: bool) -> None:
+    """Write the logs of `hosts` in an attempt, one after the other, each line after `[host-<i>] ` if `prefix`."""
+    for host in hosts:
+        tail = _Tail(run.log(attempt, host), f"[host-{host}] " if prefix else "")
+        tail.drain(write, to_the_end=True)
+
+
+def follow_logs(
+    run: RunDir, first_attempt: int, write: Print, announce: Print, *, host: int | None = None, prefix: bool
+) -> None:
+    """Write lines of all attempts from `first_attempt` on as they come; return when nothing of the run lives.
+
+    Args:
+        announce: gets one line about each attempt after the first.
+        host: show only this host; None for all.
+    """
+    tails: dict[Path, _Tail] = {}
+    announced = {first_attempt}
+    while True:
+        live = run.is_live()  # before reading, so that the last lines are not missed
+        for attempt in [number for number in run.attempts() if number >= first_attempt]:
+            if attempt not in announced:
+                for tail in tails.values():
+                    tail.drain(write, to_the_end=True)
+                announce(f"attempt {attempt} has started")
+                announced.add(attempt)
+            for index in run.logged_hosts(attempt):
+                if host is None or index == host:
+                    path = run.log(attempt, index)
+                    tails.setdefault(path, _Tail(path, f"[host-{index}] " if prefix else ""))
+        for tail in tails.values():
+            tail.drain(write, to_the_end=not live)
+        if not live:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+class _Tail:
+    """A position in a growing log."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self.path = path
+        self.prefix = prefix
+        self.offset = 0
+
+    def drain(self, write: Print, *, to_the_end: bool) -> None:
+        """Write the lines that are new; an unfinished one only if `to_the_end`."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n") and not to_the_end:
+                    return
+                self.offset += len(line)
+                write(self.prefix + line.decode(errors="replace").rstrip("\n"))

@@ -1,0 +1,126 @@
+"""Runs on every host of every backend, around one process of the job.
+
+It gives the job its log and its working directory, passes on the signals that mean *save and leave*, and writes down how
+the job ended. Invariants:
+
+- The job never outlives its worker (the kernel kills it), and the worker asks the job to save when its own supervisor
+  dies, then ends it after the grace period: no orphans, whatever is killed.
+- Signals are blocked and waited for, never handled asynchronously: one that arrives before the job has started, or even
+  before this file has been read, is passed on afterwards.
+- The job writes to its log file directly, so nothing it printed is lost with the worker.
+
+Standard library only.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this file's directory first; what it imports starts one level up.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.run_dir import RunDir, write_atomically
+
+EXIT_SAVED = 75
+LEAVE_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> int:
+    """Run the command and return its exit code (128 + n for death by signal n)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS | {signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's `ignore` would be inherited, and lose exit codes
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", type=int, required=True, help="this process's index in the job")
+    parser.add_argument("--cwd", required=True, help="where the job runs")
+    parser.add_argument("--grace_seconds", type=float, required=True, help="what an orphaned job gets to save")
+    parser.add_argument("--parent_pid", type=int, help="the supervisor, if it must not be outlived")
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args()
+    run, attempt = RunDir(Path(os.environ["JASMINE_RUN_DIR"])), int(os.environ["JASMINE_ATTEMPT"])
+    if options.parent_pid is not None:
+        _die_with_parent(signal.SIGTERM)
+        if os.getppid() != options.parent_pid:
+            return EXIT_SAVED  # orphaned before the job began: nothing to save, nothing to end
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+    started = time.time()
+    forwarded: list[str] = []
+    with run.log(attempt, options.host).open("ab", buffering=0) as log:
+        try:
+            job = subprocess.Popen(
+                options.command,
+                cwd=options.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_Child(os.getpid()),
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            log.write(f"error: cannot start {options.command[0]} in {options.cwd}: {error}\n".encode())
+            code = 2  # as for any other mistake of the user: a restart would not mend it
+        else:
+            write_atomically(run.pid_file(attempt, options.host), f"{job.pid}\n")
+            code = _watch(job, options.parent_pid, options.grace_seconds, forwarded)
+    died_of = signal.Signals(-code).name if code < 0 else None
+    code = 128 - code if code < 0 else code
+    ending = {"host": options.host, "code": code, "signal": died_of, "forwarded": forwarded}
+    times = {"started": started, "ended": time.time()}
+    write_atomically(run.exit_file(attempt, options.host), json.dumps(ending | times))
+    return code
+
+
+def _watch(job: subprocess.Popen[bytes], parent: int | None, grace_seconds: float, forwarded: list[str]) -> int:
+    """Pass signals on until the job has ended; append their names to `forwarded`; return Popen's return code."""
+    kill_at: float | None = None
+    while (code := job.poll()) is None:
+        received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, 1.0)
+        if received is not None and received.si_signo != signal.SIGCHLD:
+            job.send_signal(received.si_signo)
+            forwarded.append(signal.Signals(received.si_signo).name)
+        if parent is not None and os.getppid() != parent and kill_at is None:
+            kill_at = time.monotonic() + grace_seconds
+        if kill_at is not None and time.monotonic() > kill_at:
+            end_group(job.pid)
+    end_group(job.pid)  # what the job left behind, data-loading processes for example
+    return code
+
+
+def end_group(leader: int) -> None:
+    """Kill the process group of a job process, if any of it is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _die_with_parent(signum: int) -> None:
+    if _libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+class _Child:
+    """What happens in the job's process before its program starts."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __call__(self) -> None:
+        _die_with_parent(signal.SIGKILL)
+        if os.getppid() != self.parent:
+            os._exit(EXIT_SAVED)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What all tests share: eight CPU devices in this process, one compilation cache for all processes, a tiny dataset."""
+
+import os
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before anything imports jax. Child processes choose their own device count.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JASMINE_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "xla"))
+for name in ("JASMINE_RUN_DIR", "JASMINE_STORAGE", "JASMINE_ATTEMPT"):
+    os.environ.pop(name, None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from jasmine.data.episodes import EpisodeWriter  # noqa: E402
+
+
+def moving_squares(rng: np.random.Generator, frames: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """A bright square that takes the step that its action names; every frame of every clip differs from the others."""
+    steps = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])
+    actions = rng.integers(0, 4, frames)
+    places = (rng.integers(0, size, 2) + np.concatenate([[(0, 0)], np.cumsum(steps[actions[:-1]], 0)])) % size
+    video = rng.integers(0, 60, (frames, size, size, 3), dtype=np.uint8)
+    for frame, (y, x) in enumerate(places):
+        rows, columns = (y + np.arange(4)) % size, (x + np.arange(4)) % size
+        video[frame][np.ix_(rows, columns)] = (255, 200, 40)
+    return video, actions.astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 16×16 frames with `train` (12 episodes of 20 to 31 frames) and `val` (3)."""
+    root = tmp_path_factory.mktemp("tiny-data")
+    for split, episodes in (("train", 12), ("val", 3)):
+        rng = np.random.default_rng([7, episodes])
+        with EpisodeWriter(root / split, frame_shape=(16, 16, 3), fps=15, encoding="raw", num_actions=4) as writer:
+            for index in range(episodes):
+                writer.write(*moving_squares(rng, 20 + index))
+    return root
