@@ -30,7 +30,7 @@ try:
     from launch.plan import MASK, Plan
     from launch.record import ACTIVE, Attempt, RunRecord, read_run
     from launch.run_dir import RunDir, in_use, last_json_lines
-    from launch.snapshot import take_snapshot
+    from launch.snapshot import SCRIPT_DIR, take_snapshot
     from launch.submit import Request, carry_out, jobs_command
 except ModuleNotFoundError as missing:
     print(f"error: {sys.executable} has no module {missing.name!r}: use the project's own Python", file=sys.stderr)
@@ -98,9 +98,9 @@ def status(options: argparse.Namespace) -> int:
     if run.is_live() and record.supervisor is not None:
         print(f"  supervisor process {record.supervisor.pid} on {record.supervisor.host}")
     for attempt in record.attempts:
-        print(f"  {_attempt_line(attempt)}")
-    progress = _progress_line(run, record, plan)
-    print(f"  progress   {progress}")
+        running = record.state == "running" and attempt is record.attempts[-1]
+        print(f"  {_attempt_line(attempt, otherwise='running' if running else 'lost')}")
+    print(f"  progress   {_progress_line(run, record, plan)}")
     print(f"  directory  {run.root}")
     print(f"  logs       {jobs_command('logs', run)}")
     if record.state in ("lost", "failed"):
@@ -114,12 +114,11 @@ def logs(options: argparse.Namespace) -> int:
     attempts = run.attempts()
     if options.attempt is not None and options.attempt not in attempts:
         raise UserError(f"run {run.name!r} has no attempt {options.attempt} (there are: {attempts or 'none yet'})")
-    attempt = options.attempt if options.attempt is not None else max(attempts, default=record_first_attempt(record))
-    hosts = run.logged_hosts(attempt)
+    attempt = options.attempt if options.attempt is not None else max(attempts, default=1)
+    hosts = hosts_in_order(run, record, attempt)
     if options.host is not None and options.host not in hosts and not (options.follow and run.is_live()):
-        raise UserError(
-            f"attempt {attempt} of run {run.name!r} has no host {options.host} (there are: {hosts or 'none yet'})"
-        )
+        there = sorted(hosts) or "none yet"
+        raise UserError(f"attempt {attempt} of run {run.name!r} has no host {options.host} (there are: {there})")
     prefix = options.host is None
 
     def write(line: str) -> None:
@@ -131,16 +130,11 @@ def logs(options: argparse.Namespace) -> int:
     if options.follow:
         follow_logs(run, attempt, write, announce, host=options.host, prefix=prefix)
         announce(read_run(run).state)
+    elif not attempts:
+        announce(f"{record.state}, and no attempt has started")
     else:
-        show_logs(
-            run, attempt, [options.host] if not prefix else hosts_in_order(run, record, attempt), write, prefix=prefix
-        )
+        show_logs(run, attempt, hosts if prefix else [options.host], write, prefix=prefix)
     return 0
-
-
-def record_first_attempt(record: RunRecord) -> int:
-    """Return the number that the next attempt to start will have."""
-    return record.submissions[-1].plan.first_attempt if record.submissions else 1
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -184,8 +178,8 @@ def resume(options: argparse.Namespace) -> int:
             raise UserError(f"{last.code_dir}: the run's code is gone; resume with --new-code to take this checkout's")
         script = Path(last.argv[1]).relative_to(last.code_dir).as_posix()
         check_options(Job(record.job, last.code_dir / script), options.job_arguments, root=last.code_dir)
-        source = find_job(record.job, cwd) if record.job.startswith("/") else Job(record.job, last.code_dir / script)
-        request = Request(run, source, arguments, cwd, cluster, settings, last.code, script, None)
+        found = REPOSITORY / record.job if script.startswith(f"{SCRIPT_DIR}/") else last.code_dir / script
+        request = Request(run, Job(record.job, found), arguments, cwd, cluster, settings, last.code, script, None)
     return carry_out(request, wait=options.wait)
 
 
@@ -322,7 +316,8 @@ def _number_of_steps(plan: Plan) -> int | None:
     return min((numbers[-1] for numbers in found.values() if numbers), default=None)
 
 
-def _attempt_line(attempt: Attempt) -> str:
+def _attempt_line(attempt: Attempt, *, otherwise: str) -> str:
+    """Describe an attempt; `otherwise` stands for an outcome that was not written down."""
     devices = attempt.devices_per_process
     shape = f"{attempt.processes}×{devices}"
     ended = attempt.ended if attempt.ended is not None else time.time()
@@ -331,7 +326,7 @@ def _attempt_line(attempt: Attempt) -> str:
     failed = (
         f", host-{attempt.first_failed} first" if attempt.first_failed is not None and attempt.processes > 1 else ""
     )
-    outcome = attempt.outcome or "running"
+    outcome = attempt.outcome or otherwise
     lasted = _duration(ended - attempt.started)
     return f"attempt {attempt.number:<2} {shape} {outcome}{failed} after {lasted}  {codes}".rstrip()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import LocalCluster, expand_path
+from launch.errors import UserError
 from launch.snapshot import SCRIPT_DIR, Code
 
 FREE_PORT = "<free port>"
@@ -24,8 +25,9 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 # Variables that would tell a job that it is a process of whatever cluster the submitting shell belongs to.
 _FOREIGN_IDENTITY = re.compile(
-    r"(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI|TORCHELASTIC|JOBSET)_.*|JOB_COMPLETION_INDEX|JAX_(COORDINATOR_.*|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)"
-    r"|JASMINE_(RUN_DIR|ATTEMPT)|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+    r"(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI|TORCHELASTIC|JOBSET)_.*|JOB_COMPLETION_INDEX"
+    r"|JAX_(COORDINATOR_.*|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|JASMINE_(RUN_DIR|ATTEMPT)"
+    r"|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
 )
 
 
@@ -96,7 +98,7 @@ def make_plan(
         settings: of the cluster, after overrides.
 
     Raises:
-        UserError: a path in the settings names a variable that is not set.
+        UserError: a path in the settings names a variable that is not set, or `python` is no executable file.
     """
     code_dir = run_dir / "code" / code.hash
     # A script from elsewhere may import its neighbours, as it would without the launcher; only it itself is snapshot.
@@ -122,6 +124,8 @@ def make_plan(
         }
         hosts.append(Host(index, identity if settings.processes > 1 else {}))
     python = str(expand_path(settings.python, "python", cwd)) if settings.python else sys.executable
+    if not os.access(python, os.X_OK) or os.path.isdir(python):
+        raise UserError(f"python: {python} is not an executable file; give the full path of an interpreter")
     return Plan(
         run=run_dir.name,
         run_dir=str(run_dir),

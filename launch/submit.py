@@ -141,9 +141,8 @@ def carry_out(request: Request, *, wait: bool) -> int:
         raise UserError(f"storage {run.root.parent}: cannot make the run directory there: {error.strerror}") from error
     try:
         plan = _plan(request)  # again: the run's past may have changed before the lock was ours
-        record = read_record(run) or RunRecord(
-            name=run.name, job=request.job.name, state="submitted", changed=time.time()
-        )
+        past = read_record(run)
+        record = past or RunRecord(name=run.name, job=request.job.name, state="submitted", changed=time.time())
         try:
             if request.snapshot is not None:
                 request.snapshot.write(run.code)
@@ -155,7 +154,7 @@ def carry_out(request: Request, *, wait: bool) -> int:
             run.append_event("submitted", attempt=plan.first_attempt, cluster=plan.cluster, code=plan.code.hash)
             start_supervisor(plan, lock)
         except OSError as error:
-            if not run.attempts():
+            if past is None:
                 shutil.rmtree(run.root, ignore_errors=True)
             raise UserError(f"{run.root}: cannot be written: {error.strerror}") from error
     finally:

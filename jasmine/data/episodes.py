@@ -65,7 +65,7 @@ class Index:
 
     Attributes:
         frame_shape: (height, width, channels) of every frame; uint8.
-        fps: frames per second of the recording.
+        fps: frames per second of the recording; None where it is not known.
         encoding: how frames are stored, one of `Encoding`.
         frames_per_record: frames in one record.
         quality: 1-100 for "webp" and "jpeg"; None for the lossless encodings.
@@ -78,7 +78,7 @@ class Index:
     """
 
     frame_shape: tuple[int, int, int]
-    fps: float
+    fps: float | None
     encoding: Encoding
     frames_per_record: int
     quality: int | None = None
@@ -111,10 +111,26 @@ class Episodes(Protocol):
     """What training reads from: an opened split, in whichever format. Thread-safe and picklable."""
 
     path: str
-    frame_shape: tuple[int, int, int]
-    fps: float | None
-    num_actions: int | None
-    action_shape: tuple[int, ...]
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of every frame."""
+        ...
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the recording; None where it is not known."""
+        ...
+
+    @property
+    def num_actions(self) -> int | None:
+        """Actions are integers in [0, num_actions); None without actions."""
+        ...
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of one frame's action; () for a single integer."""
+        ...
 
     @property
     def lengths(self) -> np.ndarray:
@@ -158,7 +174,7 @@ class EpisodeWriter:
     Args:
         split_dir: the split's folder; made if it is not there.
         frame_shape: (height, width, channels); channels 1 or 3 for the image encodings.
-        fps: frames per second of the recording.
+        fps: frames per second of the recording; None where it is not known.
         encoding: one of `Encoding`.
         quality: 1-100, for the lossy encodings only (default 95).
         frames_per_record: default 8.
@@ -178,7 +194,7 @@ class EpisodeWriter:
         split_dir: str | os.PathLike[str],
         *,
         frame_shape: tuple[int, int, int],
-        fps: float,
+        fps: float | None,
         encoding: Encoding = "zstd",
         quality: int | None = None,
         frames_per_record: int | None = None,
@@ -192,7 +208,7 @@ class EpisodeWriter:
         self.split_dir = os.fspath(split_dir)
         index = Index(
             frame_shape=frame_shape,
-            fps=float(fps),
+            fps=None if fps is None else float(fps),
             encoding=encoding,
             quality=_checked_quality(encoding, quality),
             frames_per_record=frames_per_record or DEFAULT_FRAMES_PER_RECORD,
@@ -360,8 +376,8 @@ class EpisodeDataset:
         return self.index.frame_shape
 
     @property
-    def fps(self) -> float:
-        """Frames per second of the recording."""
+    def fps(self) -> float | None:
+        """Frames per second of the recording; None where it is not known."""
         return self.index.fps
 
     @property

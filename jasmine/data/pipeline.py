@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Protocol, Self
 
 import grain
@@ -74,7 +75,9 @@ def batches(
     sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path)
     source = _StepSource(dataset, sampler, batch_size, slice(None) if rows is None else rows, start_step)
     ahead = max(1, prefetch // max(1, num_workers))
-    read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead if num_threads else 0)
+    read_options = grain.ReadOptions(
+        num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead if num_threads else 0
+    )
     pipeline = grain.MapDataset.source(source).to_iter_dataset(read_options)
     if num_workers == 0:
         return iter(pipeline)
@@ -109,6 +112,8 @@ class _WorkerBatches:
         self._started = True
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
         try:
+            resource_tracker.ensure_running()  # a process too, whose start unblocks signals in the thread that causes it
+            signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
             return next(self._iterator)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

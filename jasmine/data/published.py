@@ -97,8 +97,6 @@ class PublishedDataset:
             raise UserError(f"no *.array_record files in {folder}: is this the folder of a split?")
         scans = _scan_cached(folder, paths)
         for path, scan in zip(paths, scans, strict=True):
-            if not scan.lengths:
-                raise UserError(f"{path} holds no records: remove the file, or copy it again")
             _check_alike(paths[0], scans[0], path, scan)
         self.frame_shape = _fitting_shape(folder, frame_shape, scans[0].frame_bytes)
         self.fps: float | None = None
@@ -303,22 +301,26 @@ def _scan_file(path: str) -> _Scan:
     stat = os.stat(path)
     readers = ShardReaders([path])
     lengths: list[int] = []
-    frame_bytes, max_action = 0, 0
-    action_shape: tuple[int, ...] | None = None
+    shapes: set[tuple[int, tuple[int, ...] | None]] = set()
+    max_action = 0
     count = readers.num_records(0)
     for first in range(0, count, _SCAN_RECORDS):
         for number, payload in enumerate(readers.read(0, first, min(_SCAN_RECORDS, count - first)), first):
             record = _parse_at(path, number, payload)
-            size, rest = divmod(len(record.video), max(record.length, 1))
-            shape = None if record.actions is None else record.actions.shape[1:]
-            if rest or not size:
-                raise corrupt(path, number, f"{len(record.video)} bytes of pixels for {record.length} frames")
-            if number and (size, shape) != (frame_bytes, action_shape):
-                raise corrupt(path, number, "frames or actions of another shape than in the records before")
-            frame_bytes, action_shape = size, shape
-            if record.actions is not None and record.actions.size:
-                max_action = max(max_action, int(record.actions.max()))
             lengths.append(record.length)
+            if record.length == 0:
+                continue
+            frame_bytes, rest = divmod(len(record.video), record.length)
+            if rest or not frame_bytes:
+                raise corrupt(path, number, f"{len(record.video)} bytes of pixels for {record.length} frames")
+            shapes.add((frame_bytes, None if record.actions is None else record.actions.shape[1:]))
+            if len(shapes) > 1:
+                raise corrupt(path, number, "frames or actions of another shape than in the records before")
+            if record.actions is not None:
+                max_action = max(max_action, int(record.actions.max(initial=0)))
+    if not shapes:
+        raise UserError(f"{path} holds no frames: remove the file, or copy it again")
+    [(frame_bytes, action_shape)] = shapes
     readers.close()
     return _Scan(stat.st_size, stat.st_mtime_ns, tuple(lengths), frame_bytes, action_shape, max_action)
 

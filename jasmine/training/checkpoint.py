@@ -5,6 +5,7 @@ read; what comes next follows from seed and step, so no loader state is kept. An
 an unreadable one is set aside and the one before it used, and a failed save is reported and survived.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ class Checkpointer:
         """
         self.directory = directory
         self._failures = 0
+        self._saving: int | None = None
         keep: list[Any] = [checkpoint_managers.LatestN(config.keep_checkpoints)]
         if config.log_checkpoint_keep_period > 0:
             keep.append(checkpoint_managers.EveryNSteps(config.log_checkpoint_keep_period))
@@ -53,7 +55,8 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS),
         )
         try:
-            self._manager = ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
+            handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error.strerror or error}") from error
 
@@ -73,6 +76,11 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return True
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of the save before
+            self._failed(None, error)
+        self._saving = step
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
@@ -99,18 +107,28 @@ class Checkpointer:
             self._failed(None, error)
 
     def close(self) -> None:
-        """Releases threads. Call `wait` first to know how the last save ended."""
-        self._manager.close()
+        """Releases threads. Call `wait` first to know how the last save ended: here its failure is not news any more."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def _failed(self, step: int | None, error: Exception) -> None:
         self._failures += 1
-        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        step = self._saving if step is None else step
+        self._remove_partial()
+        which = f"the checkpoint of step {step}"
         text = f"{which} could not be saved in {self.directory}: {reason(error)}"
         if self._failures >= FAILED_SAVES_IN_A_ROW:
             raise UserError(
                 f"{text}; {self._failures} saves in a row failed. The last good one: {self._newest()}"
             ) from error
         print(f"warning: {text}; training goes on. The last good one: {self._newest()}", flush=True)
+
+    def _remove_partial(self) -> None:
+        """Gives back the space of a save that failed; where the disk is full, the next one needs it."""
+        if jax.process_index() == 0 and self._saving is not None:
+            for partial in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    partial.rmtree()
 
     def _newest(self) -> str:
         steps = self.steps()

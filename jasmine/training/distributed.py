@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from absl import logging as absl_logging
 
 from jasmine.errors import UserError
 
@@ -210,7 +211,16 @@ def _enable_compilation_cache() -> None:
 
 
 def _quiet_libraries() -> None:
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("orbax").setLevel(logging.WARNING)
+    # Orbax logs a failed save as a dozen tracebacks from its threads; `Checkpointer` says it once, in one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    default_hook = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # What tensorstore's callbacks raise, to nobody, when a save has failed and its event loop is gone.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            default_hook(unraisable)
+
+    sys.unraisablehook = hook
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

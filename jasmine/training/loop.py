@@ -231,7 +231,9 @@ class _Run:
             if self.step % config.log_checkpoint_interval == 0 or self.step == last:
                 self._save()
         if not self.checkpoints.wait() or self.step not in self.checkpoints.steps():
-            raise UserError(f"the run is at step {self.step} but that checkpoint could not be saved in {self.run_dir}")
+            raise UserError(
+                f"finished step {self.step}, but its checkpoint could not be saved in {self.run_dir} (see above)"
+            )
         self._event("finished", step=self.step)
         _say(f"finished at step {self.step}; run directory {self.run_dir}")
         return False
@@ -295,7 +297,7 @@ class _Run:
         self._event("signalled", step=self.step, signal=signal_name)
         self._save()
         if not self.checkpoints.wait():
-            raise UserError(f"could not save at step {self.step} after {signal_name}; the newest checkpoint is older")
+            raise UserError(f"{signal_name} at step {self.step}, but its checkpoint could not be saved (see above)")
         self._event("saved", step=self.step)
         _say(f"saved step {self.step}; run me again to go on (exit code {EXIT_SAVED})")
 

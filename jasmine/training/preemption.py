@@ -7,6 +7,7 @@ which no loop can have passed. A loop that is held waits only for threads, never
 Cost in the hot path: one uncontended lock a step.
 """
 
+import contextlib
 import logging
 import signal
 import socket
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_SAVED = 75
 _POLL_SECONDS = 10
+_KEY = "jasmine/stop"
+_END = "end of job"
 _ANSWER_SECONDS = 120
 
 
@@ -40,6 +43,7 @@ class StopSignal:
         self._received = threading.Event()
         self._closed = threading.Event()
         self.received_signal: str | None = None
+        self._answering: threading.Thread | None = None
         threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
 
     def start(self) -> None:
@@ -47,7 +51,8 @@ class StopSignal:
         if jax.process_count() == 1:
             return
         threading.Thread(target=self._announce, name="stop-announce", daemon=True).start()
-        threading.Thread(target=self._answer, name="stop-answer", daemon=True).start()
+        self._answering = threading.Thread(target=self._answer, name="stop-answer", daemon=True)
+        self._answering.start()
 
     def reached(self, step: int) -> bool:
         """True when the run must be saved and left now. Call it at every step boundary with finished updates so far."""
@@ -58,8 +63,16 @@ class StopSignal:
             return self._stop_at is not None and step >= self._stop_at
 
     def close(self) -> None:
-        """Puts the process's signal handlers back."""
+        """Ends the threads and puts the process's signal handlers back. Call it on every process when its steps are done."""
         self._closed.set()
+        if self._answering is not None:
+            # A thread that waits inside the coordination client while Python shuts down would abort the process.
+            # A peer that has just been told to stop still gets its answer: nobody waits for one that has finished.
+            client = distributed.coordination_client()
+            with contextlib.suppress(Exception):
+                client.key_value_set(f"{_KEY}/at/{jax.process_index()}", str(self._step), allow_overwrite=True)
+                client.key_value_set(_KEY, _END)
+            self._answering.join(_POLL_SECONDS + 1)
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -79,7 +92,7 @@ class StopSignal:
         self._received.wait()
         client = distributed.coordination_client()
         try:
-            client.key_value_set("jasmine/stop", f"process {jax.process_index()}", allow_overwrite=True)
+            client.key_value_set(_KEY, f"process {jax.process_index()}", allow_overwrite=True)
         except Exception as error:  # the service ends with the job; then there is nobody to tell
             logger.debug("stop not announced: %r", error)
 
@@ -87,15 +100,17 @@ class StopSignal:
         client = distributed.coordination_client()
         while True:
             try:
-                origin = client.blocking_key_value_get("jasmine/stop", _POLL_SECONDS * 1000)
+                origin = client.blocking_key_value_get(_KEY, _POLL_SECONDS * 1000)
                 break
             except Exception as error:
                 if self._closed.is_set() or "DEADLINE_EXCEEDED" not in str(error):
                     return
+        if self._closed.is_set() or origin == _END:
+            return
         with self._lock:  # holds the loop at its next boundary until the stop is known
-            client.key_value_set(f"jasmine/stop/at/{jax.process_index()}", str(self._step))
+            client.key_value_set(f"{_KEY}/at/{jax.process_index()}", str(self._step), allow_overwrite=True)
             steps = [
-                int(client.blocking_key_value_get(f"jasmine/stop/at/{p}", _ANSWER_SECONDS * 1000))
+                int(client.blocking_key_value_get(f"{_KEY}/at/{p}", _ANSWER_SECONDS * 1000))
                 for p in range(jax.process_count())
             ]
             self._stop_at = max(steps) + 1
@@ -105,9 +120,3 @@ class StopSignal:
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     """Python needs a handler for its wake-up pipe to be written to; the work is done by the thread that reads it."""
-
-
-def ignore_stop_signals() -> None:
-    """For helper processes: signals sent to a whole process group are the trainer's to answer."""
-    for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

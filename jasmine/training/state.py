@@ -104,4 +104,7 @@ def initial_state(
         ema = jax.tree.map(jnp.copy, params) if abstract.ema is not None else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
-    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    # Run once, so on CPUs not worth optimising: compiling the draws well takes four times as long as compiling them.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)()

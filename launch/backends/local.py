@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -160,14 +161,7 @@ class _Supervisor:
         killed_before = False
         while workers:
             self._wait_for_a_signal(POLL_SECONDS)
-            ended = [host for host, worker in workers.items() if worker.poll() is not None]
-            exits = [self._exit_of(number, host, workers.pop(host).returncode) for host in ended]
-            for one in sorted(exits, key=lambda one: one.ended):
-                attempt.exits.append(one)
-                self.run.append_event("host_exited", attempt=number, host=one.host, code=one.code, signal=one.signal)
-                if attempt.first_failed is None and _kind(one) == "failed":
-                    attempt.first_failed = one.host
-                    self.run.append_event("failed", attempt=number, host=one.host, code=one.code)
+            some_ended = self._collect_exits(attempt, workers)
             now = time.monotonic()
             grace = float(settings["grace_seconds"])
             if self.asked and not asked_before:
@@ -175,7 +169,7 @@ class _Supervisor:
                 self.run.append_event("signalled", attempt=number, signal="SIGTERM", why=self.asked)
                 kill_at = now + grace
                 self._tell(workers.values(), signal.SIGTERM)
-            if exits and workers:
+            if some_ended and workers:
                 broken = any(_kind(one) in ("failed", "stopped") for one in attempt.exits)
                 limit = now + (FAILURE_GRACE_SECONDS if broken else grace)
                 if broken and (kill_at is None or kill_at > limit):
@@ -193,6 +187,19 @@ class _Supervisor:
             self.run.append_event("preempted", attempt=number)
         self._write("running")
         return attempt
+
+    def _collect_exits(self, attempt: Attempt, workers: dict[int, subprocess.Popen[bytes]]) -> bool:
+        """Move hosts that have ended from `workers` to the attempt, in the order of their ends; return if there were any."""
+        ended = [host for host, worker in workers.items() if worker.poll() is not None]
+        exits = [self._exit_of(attempt.number, host, workers.pop(host).returncode) for host in ended]
+        for one in sorted(exits, key=lambda one: one.ended):
+            attempt.exits.append(one)
+            fields = {"attempt": attempt.number, "host": one.host, "code": one.code, "signal": one.signal}
+            self.run.append_event("host_exited", **fields)
+            if attempt.first_failed is None and _kind(one) == "failed":
+                attempt.first_failed = one.host
+                self.run.append_event("failed", **fields)
+        return bool(exits)
 
     def _start_worker(self, host: Host, attempt: int, port: int) -> subprocess.Popen[bytes]:
         python, *_ = self.plan.argv
@@ -251,7 +258,8 @@ class _Supervisor:
     def _end(self, state: State, code: int, reason: str | None = None) -> int:
         self.record.exit_code = code
         self.record.reason = reason
-        self.run.append_event(state, attempt=self.record.attempts[-1].number, code=code, reason=reason, final=True)
+        event = state if state in ("finished", "cancelled") else "ended"
+        self.run.append_event(event, attempt=self.record.attempts[-1].number, state=state, code=code, reason=reason)
         self._write(state)
         return code
 
@@ -270,9 +278,12 @@ def _first_failure(attempt: Attempt) -> HostExit:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port nothing listens on, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def make_dataset(kind: str, options: CommonOptions, source: Source, console: Con
     if options.frames_per_record is not None and options.frames_per_record < 1:
         raise UserError(f"--frames_per_record {options.frames_per_record} must be at least 1")
     if options.quality is not None and (options.encoding not in LOSSY or not 1 <= options.quality <= 100):
-        raise UserError(f"--quality {options.quality} must be from 1 to 100, and is for --encoding {' or '.join(LOSSY)}")
+        raise UserError(
+            f"--quality {options.quality} must be from 1 to 100, and is for --encoding {' or '.join(LOSSY)}"
+        )
     if not any(wanted > 0 for wanted in source.wanted.values()):
         raise UserError("nothing to make: every split is to have 0 episodes")
     recipe = _agreed_recipe(root, _recipe(kind, options, source))

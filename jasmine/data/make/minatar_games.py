@@ -3,11 +3,17 @@
 MinAtar's state says for each cell which of a few kinds of thing are in it. A kind has a colour of its own, a cell shows
 the first kind of those present (the player comes first, its surroundings later), and cells are enlarged to the nearest
 pixel. Actions are never sticky: the recorded action is the one that was played.
+
+The games are so small that episodes recur (of 1000 of Breakout, 20 do; far more where short ones are kept).
+So that no episode of `train` is also in `val` or `test`, its pixels decide which split an episode may belong to; an
+episode of another split's is played anew. Within a split episodes repeat as often as the game brings them up.
 """
 
-import logging
+import hashlib
+import importlib.util
+import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +26,16 @@ from jasmine.data.make.source import (
     Source,
     check_lengths,
     episode_rng,
-    first_long_enough,
+    first_fitting,
 )
 from jasmine.errors import UserError
 
 GRID = 10
 ACTION_NAMES = ("none", "left", "up", "right", "down", "fire")
+# How an episode's digest, in [0, 1), decides on its split: a game whose digest lies elsewhere is played anew.
+SPLIT_ENDS = (0.8, 0.9, 1.0)
+MAX_HOLD = 3  # frames; in one frame a thing crosses a tenth of the picture
+MAX_GAMES = 20_000  # for one episode; most games of Breakout are lost within ten frames
 # One colour per channel of MinAtar's state; Seaquest has the most channels, ten. Black is an empty cell.
 COLOURS = np.array(
     [
@@ -60,7 +70,7 @@ class MinAtar(CommonOptions):
     episodes_per_shard: int = 10_000
     """Most episodes in one file (of at most 1 GiB). An interrupted dataset goes on after its last whole file."""
     policy: PolicyName = "hold"
-    """hold: draw an action, hold it for up to 8 frames. random: a uniform one at every frame."""
+    """hold: draw an action, hold it for up to 3 frames. random: a uniform one at every frame."""
 
 
 def source(options: MinAtar) -> Source:
@@ -68,7 +78,7 @@ def source(options: MinAtar) -> Source:
     check_lengths(options.min_episode_length, options.max_episode_length)
     if options.frame_size < GRID:
         raise UserError(f"--frame_size {options.frame_size}: the game has {GRID}×{GRID} cells, so at least {GRID}")
-    _environment(options.game)
+    _game_class(options.game)
     return Source(
         env=f"minatar/{options.game}",
         frame_shape=(options.frame_size, options.frame_size, 3),
@@ -83,40 +93,56 @@ def source(options: MinAtar) -> Source:
 
 def record(options: MinAtar, split: str, episode: int) -> Episode:
     """Plays episode number `episode` of `split`."""
-    return first_long_enough(
-        partial(_play_game, options, split, episode), options.min_episode_length, f"{options.game}, {split}"
+    return first_fitting(
+        partial(_play_game, options, split, episode),
+        options.min_episode_length,
+        f"{options.game}, {split}",
+        lambda played: split_of(played.frames) == split,
+        MAX_GAMES,
     )
 
 
+def split_of(frames: np.ndarray) -> str:
+    """The one split that an episode of these frames may be in."""
+    digest = hashlib.blake2b(frames.tobytes(), digest_size=6).digest()
+    return SPLITS[int(np.searchsorted(SPLIT_ENDS, int.from_bytes(digest, "big") / 2**48, side="right"))]
+
+
 def draw(state: np.ndarray, size: int) -> np.ndarray:
-    """bool (10, 10, channels) to uint8 (size, size, 3)."""
+    """States, bool (…, 10, 10, channels), in colour: uint8 (…, size, size, 3)."""
     cells = np.where(state.any(-1, keepdims=True), COLOURS[state.argmax(-1)], np.uint8(0))
     cell_of_pixel = np.arange(size) * GRID // size
-    return cells[cell_of_pixel][:, cell_of_pixel]
+    return cells[..., cell_of_pixel[:, None], cell_of_pixel, :]
 
 
 def _play_game(options: MinAtar, split: str, episode: int, attempt: int) -> Episode:
     rng = episode_rng(options.seed, split, episode, attempt)
-    environment = _environment(options.game)
-    environment.seed(int(rng.random() * 2**32))
+    environment = _game_class(options.game)(ramping=True)
+    environment.random = np.random.RandomState(int(rng.random() * 2**32))
     environment.reset()
-    actions = play(options.policy, [1.0] * len(ACTION_NAMES), rng)
-    frames: list[np.ndarray] = []
+    actions = play(options.policy, [1.0] * len(ACTION_NAMES), rng, MAX_HOLD)
+    states: list[np.ndarray] = []
     taken: list[int] = []
     ended = False
-    while len(frames) < options.max_episode_length and not ended:
-        frames.append(draw(np.asarray(environment.state(), bool), options.frame_size))
+    while len(states) < options.max_episode_length and not ended:
+        states.append(np.asarray(environment.state(), bool))
         taken.append(next(actions))
         _, ended = environment.act(taken[-1])
-    return Episode(np.stack(frames), np.array(taken, np.int32))
+    # Enlarged only where it can be kept: most games are too short.
+    size = options.frame_size if len(states) >= options.min_episode_length else GRID
+    return Episode(draw(np.stack(states), size), np.array(taken, np.int32))
 
 
-def _environment(game: str) -> Any:
-    logging.disable(logging.WARNING)  # MinAtar complains where seaborn, which only its own window needs, is absent
-    try:
-        from minatar import Environment
-    except ImportError as error:
-        raise UserError(f"MinAtar needs the package minatar ({error}); install jasmine-world-models[games]") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    return Environment(game, sticky_action_prob=0.0)
+@cache
+def _game_class(game: str) -> Any:
+    """The game's class, from its file: importing minatar itself takes seconds, for plotting that is not used here."""
+    package = importlib.util.find_spec("minatar")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("MinAtar needs the package minatar: install jasmine-world-models[games]")
+    path = os.path.join(package.submodule_search_locations[0], "environments", f"{game}.py")
+    spec = importlib.util.spec_from_file_location(f"minatar_{game}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Env

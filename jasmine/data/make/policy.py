@@ -15,7 +15,9 @@ PolicyName = Literal["hold", "random"]
 MAX_HOLD = 8  # frames; about half a second at 15 frames a second
 
 
-def play(policy: PolicyName, weights: Sequence[float], rng: np.random.Generator) -> Iterator[int]:
+def play(
+    policy: PolicyName, weights: Sequence[float], rng: np.random.Generator, max_hold: int = MAX_HOLD
+) -> Iterator[int]:
     """Endless actions in [0, len(weights)). `weights` need not add up to 1; `random` ignores them."""
     # Only `rng.random()` is used: of all draws it is the one whose stream numpy has never changed.
     if policy == "random":
@@ -24,5 +26,5 @@ def play(policy: PolicyName, weights: Sequence[float], rng: np.random.Generator)
     thresholds = np.cumsum(weights) / np.sum(weights)
     while True:
         action = int(np.searchsorted(thresholds, rng.random(), side="right"))
-        for _ in range(1 + int(rng.random() * MAX_HOLD)):
+        for _ in range(1 + int(rng.random() * max_hold)):
             yield action

@@ -23,7 +23,7 @@ from jasmine.data.make.source import (
     Source,
     check_lengths,
     episode_rng,
-    first_long_enough,
+    first_fitting,
 )
 from jasmine.errors import UserError
 
@@ -105,7 +105,7 @@ def source(options: Procgen) -> Source:
 
 def record(options: Procgen, split: str, episode: int) -> Episode:
     """Plays episode number `episode` of `split`."""
-    return first_long_enough(
+    return first_fitting(
         partial(_play_level, options, split, episode), options.min_episode_length, f"{options.game}, {split}"
     )
 

@@ -3,7 +3,8 @@
 One file, or one folder of images, is one episode without actions. Files are found in natural order ("9" before "10"),
 shuffled by the seed and dealt to the splits, so no file is in two of them. Frame rates are converted by time stamps:
 frame k of an episode is what the recording shows k / target_fps seconds after its first frame; frames are dropped or
-repeated for that, never blended. An episode is held in memory while it is made.
+repeated for that, never blended. An episode is held in memory while it is made. Video streams carry no checksums: damage that
+still decodes to a picture goes unseen.
 """
 
 import hashlib
@@ -133,13 +134,16 @@ def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
 def deal(names: list[str], ratios: tuple[float, float, float], seed: int) -> dict[str, list[str]]:
     """Shuffles names and deals them to the splits; with at least three names no split with a share stays empty."""
     order = np.argsort(np.random.default_rng(seed).random(len(names)), kind="stable")
-    shares = [round(len(names) * ratio) for ratio in ratios[1:]]
+    bounds = np.round(np.cumsum([0.0, *ratios]) * len(names)).astype(int)
+    sizes = np.diff(bounds)
     if len(names) >= len(SPLITS):
-        shares = [max(share, int(ratio > 0)) for share, ratio in zip(shares, ratios[1:], strict=True)]
-    num_train = max(len(names) - sum(shares), int(ratios[0] > 0))
-    bounds = [0, num_train, min(num_train + shares[0], len(names)), len(names)]
+        for split, ratio in enumerate(ratios):
+            if ratio > 0 and sizes[split] == 0:
+                sizes[sizes.argmax()] -= 1
+                sizes[split] = 1
+    ends = np.cumsum(sizes)
     shuffled = [names[i] for i in order]
-    return {split: shuffled[bounds[i] : bounds[i + 1]] for i, split in enumerate(SPLITS)}
+    return {split: shuffled[end - size : end] for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
 
 
 def decode(path: str, fps: float, height: int, width: int) -> np.ndarray:
@@ -161,7 +165,9 @@ def _shown(container: av.container.InputContainer, fps: float, height: int, widt
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     frame_period = 1 / float(stream.average_rate) if stream.average_rate else 1 / fps
-    tolerance = 5e-7  # seconds; time stamps are rounded to the container's clock, k / fps to floats
+    # Containers round time stamps to their clock (Matroska to 1 ms, GIF to 10 ms): a picture is not late for that.
+    clock = float(stream.time_base) if stream.time_base else 0.0
+    tolerance = max(1e-6, min(clock, frame_period / 4))
     start = end = 0.0
     current: av.VideoFrame | None = None
     emitted = 0

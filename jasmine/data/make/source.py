@@ -76,15 +76,20 @@ def episode_rng(seed: int, split: str, episode: int, attempt: int) -> np.random.
     return np.random.default_rng([seed, SPLITS.index(split), episode, attempt])
 
 
-def first_long_enough(play: Callable[[int], Episode], min_length: int, what: str) -> Episode:
-    """`play(attempt)` for attempt 0, 1, … until an episode has `min_length` frames; UserError if none does."""
-    for attempt in range(MAX_ATTEMPTS):
+def first_fitting(
+    play: Callable[[int], Episode],
+    min_length: int,
+    what: str,
+    fits: Callable[[Episode], bool] = lambda _: True,
+    attempts: int = MAX_ATTEMPTS,
+) -> Episode:
+    """The first of `play(0)`, `play(1)`, … with `min_length` frames that fits; UserError after so many attempts."""
+    for attempt in range(attempts):
         episode = play(attempt)
-        if len(episode.frames) >= min_length:
+        if len(episode.frames) >= min_length and fits(episode):
             return episode
     raise UserError(
-        f"{what}: {MAX_ATTEMPTS} games in a row ended before --min_episode_length {min_length} frames "
-        f"(the last one after {len(episode.frames)}); choose a smaller one"
+        f"{what}: no episode of --min_episode_length {min_length} frames in {attempts} games; choose a smaller one"
     )
 
 

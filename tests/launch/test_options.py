@@ -1,0 +1,106 @@
+"""The reader of option names agrees with tyro, on what it reads, and keeps out of what it cannot."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from launch.options import baselines, known_options
+
+SCRIPT = """
+import dataclasses
+from typing import ClassVar, Literal
+
+import base_module
+from base_module import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    deep: int = 1
+    flag: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Base):
+    registry: ClassVar[int] = 0
+    batch_size: int = 3
+    mode: Literal["a", "b"] = "a"
+    maybe: int | None = None
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    mesh: base_module.Mesh = dataclasses.field(default_factory=base_module.Mesh)
+    hidden: int = dataclasses.field(init=False, default=0)
+"""
+BASE = """
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    data_dir: str = ""
+    log: bool = False
+"""
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_read_is_what_tyro_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "base_module.py").write_text(BASE)
+    script = tmp_path / "options_script.py"
+    script.write_text(SCRIPT)
+    names = known_options(script, tmp_path)
+    assert names == {
+        *("data_dir", "log", "no_log", "batch_size", "mode", "maybe", "mesh.data"),
+        *("inner.deep", "inner.flag", "inner.no_flag"),
+    }
+    config = _load(script).Config
+    for name in names:
+        value = (
+            [] if name.rpartition(".")[2] in ("log", "no_log", "flag", "no_flag") else ["a" if name == "mode" else "1"]
+        )
+        tyro.cli(config, args=[f"--{name}", *value])
+    for wrong in ("registry", "hidden", "inner"):
+        with pytest.raises(SystemExit):
+            tyro.cli(config, args=[f"--{wrong}", "1"], console_outputs=False)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print('a script')",
+        "class Config:\n    a: int = 1",
+        "from elsewhere import Base\nimport dataclasses\n@dataclasses.dataclass\nclass Config(Base):\n    a: int = 1",
+        "import dataclasses, tyro\n@dataclasses.dataclass\nclass Config:\n    a: tyro.conf.Positional[int] = 1",
+        "from dataclasses import dataclass\n@dataclass\nclass A: ...\n@dataclass\nclass Config:\n    a: A | None = None",
+        "not python at all(",
+    ],
+)
+def test_what_cannot_be_read_for_certain_is_left_to_the_job(tmp_path: Path, source: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    assert known_options(script, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", sorted(baselines()))
+def test_every_baseline_can_be_read(name: str) -> None:
+    names = known_options(baselines()[name])
+    assert names is not None
+    assert {"data_dir", "num_steps", "batch_size", "mesh.fsdp"} <= names

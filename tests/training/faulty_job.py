@@ -1,0 +1,49 @@
+"""The tokenizer baseline with one fault at an exact step, from the environment: FAULT=name@step[@process].
+
+kill: SIGKILL after that step's metrics line · kill_in_save: SIGKILL once that step's checkpoint is being written ·
+raise: an exception after that step · term, usr1: that signal to this process
+"""
+
+import os
+import signal
+import sys
+
+from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, main
+from jasmine.training import cli
+from jasmine.training.checkpoint import Checkpointer
+from jasmine.training.loop import _Run
+
+name, step, *process = os.environ["FAULT"].split("@")
+fault_step = int(step)
+if process and os.environ.get("JAX_PROCESS_ID") != process[0]:
+    name = "none"
+
+save = Checkpointer.save
+speed = _Run._speed
+
+
+def save_with_fault(self, step, *args):
+    begun = save(self, step, *args)
+    if step == fault_step and name == "kill_in_save":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return begun
+
+
+def speed_with_fault(self, *args):  # called once for each logged step
+    if self.step == fault_step:
+        if name == "kill":
+            self.checkpoints.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "raise":
+            raise RuntimeError("injected failure of one process")
+        if name in ("term", "usr1"):
+            os.kill(os.getpid(), signal.SIGTERM if name == "term" else signal.SIGUSR1)
+    return speed(self, *args)
+
+
+Checkpointer.save = save_with_fault
+_Run._speed = speed_with_fault
+
+if __name__ == "__main__":
+    sys.argv[0] = "train_tokenizer_vqvae.py"
+    cli.run(main, Config)

@@ -1,0 +1,155 @@
+"""What a checkpoint promises: a run is a function of its config, wherever and however often it is stopped."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from tests import jobs
+from tests.jobs import TINY
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data, tmp_path_factory):
+    """40 steps without a stop, on one process with one device."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)])
+    losses = jobs.metrics(run_dir, "loss")
+    assert list(losses) == list(range(1, 41))
+    assert losses[40] < losses[1]
+    return run_dir
+
+
+def resume(tiny_data, run_dir, **options):
+    return jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], **options)
+
+
+def test_killed_and_resumed_is_bit_identical(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)]
+    jobs.run(args, script=jobs.FAULTY, env={"FAULT": "kill@25"}, expect=-9)
+    assert max(jobs.metrics(run_dir, "loss")) == 24
+    assert jobs.checkpoints(run_dir) == [10, 20]
+    again = resume(tiny_data, run_dir)
+    assert "resumed from the checkpoint of step 20" in again.output()
+    for key in ("loss", "grad_norm", "batch_checksum", "lr"):
+        assert jobs.metrics(run_dir, key) == jobs.metrics(straight, key)
+    superseded = [json.loads(line)["step"] for line in (run_dir / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert superseded == [21, 22, 23, 24]
+
+
+def test_two_processes_killed_and_resumed_are_bit_identical(tiny_data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(whole)], processes=2)
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(cut)]
+    killed = jobs.start(args, script=jobs.FAULTY, env={"FAULT": "kill@25"}, processes=2)
+    assert killed.finish() == [-9, -9]
+    jobs.run(args, processes=2)
+    assert jobs.metrics(cut, "loss") == jobs.metrics(whole, "loss")
+
+
+TOPOLOGIES = [(1, 1), (1, 4), (2, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(("processes", "devices"), TOPOLOGIES[1:])
+def test_same_run_on_every_topology(straight, tiny_data, tmp_path, processes, devices):
+    run_dir = tmp_path / "run"
+    resume(tiny_data, run_dir, processes=processes, devices=devices)
+    same_curve(run_dir, straight)
+
+
+def test_one_run_walks_through_all_topologies(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    for stop, (processes, devices) in zip((10, 20, 30, 40), [(2, 2), (1, 1), (4, 1), (1, 4)], strict=True):
+        args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir), "--stop_at_step", str(stop)]
+        jobs.run(args, processes=processes, devices=devices)
+    assert len(jobs.events(run_dir, "resumed")) == 3
+    same_curve(run_dir, straight)
+
+
+def same_curve(run_dir, straight):
+    assert jobs.metrics(run_dir, "batch_checksum") == jobs.metrics(straight, "batch_checksum")
+    losses, expected = jobs.metrics(run_dir, "loss"), jobs.metrics(straight, "loss")
+    assert losses.keys() == expected.keys()
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-4)
+
+
+def test_killed_in_mid_save_resumes_from_the_checkpoint_before(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)]
+    jobs.run(args, script=jobs.FAULTY, env={"FAULT": "kill_in_save@20"}, expect=-9)
+    left = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert jobs.checkpoints(run_dir) == [10]
+    assert any(name.startswith("20.") for name in left), f"the save was not under way: {left}"
+    again = resume(tiny_data, run_dir)
+    assert "resumed from the checkpoint of step 10" in again.output()
+    assert jobs.metrics(run_dir, "loss") == jobs.metrics(straight, "loss")
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["20", "30", "40"]
+
+
+def test_unreadable_newest_checkpoint_is_set_aside(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    for path in (run_dir / "checkpoints" / "40" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = resume(tiny_data, run_dir)
+    assert "warning: checkpoint 40" in again.output()
+    assert "resumed from the checkpoint of step 30" in again.output()
+    assert (run_dir / "unreadable_checkpoints" / "40").is_dir()
+    assert jobs.metrics(run_dir, "loss") == jobs.metrics(straight, "loss")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 800 KiB: room for one checkpoint of the tiny model, not for two."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(mount)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(straight, tiny_data, small_disk, tmp_path):
+    run_dir = small_disk / "run"
+    full = jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], expect=2)
+    (error,) = [line for line in full.output().splitlines() if line.startswith("error:")]
+    assert "No space left on device" in error
+    assert "The last good one: step 10" in error
+    assert "Traceback" not in full.output()
+    assert jobs.checkpoints(run_dir) == [10]
+    elsewhere = tmp_path / "run"
+    shutil.copytree(run_dir, elsewhere)
+    resume(tiny_data, elsewhere)
+    assert jobs.metrics(elsewhere, "loss") == jobs.metrics(straight, "loss")
+
+
+@pytest.mark.parametrize("fault", ["term@15@1", "usr1@15@0"])
+def test_signal_to_one_of_two_processes_stops_both_at_one_step(tiny_data, tmp_path, straight, fault):
+    run_dir = tmp_path / "run"
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)]
+    job = jobs.run(args, script=jobs.FAULTY, env={"FAULT": fault}, processes=2, expect=75)
+    (saved,) = jobs.events(run_dir, "saved")
+    assert jobs.checkpoints(run_dir)[-1] == saved["step"]
+    assert 15 <= saved["step"] < 40
+    assert f"saved step {saved['step']}" in job.output()
+    resume(tiny_data, run_dir, processes=2)
+    same_curve(run_dir, straight)
+
+
+def test_exception_on_one_process_ends_it_at_once_with_its_traceback(tiny_data, tmp_path):
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(tmp_path / "run")]
+    job = jobs.start(args, script=jobs.FAULTY, env={"FAULT": "raise@5@1"}, processes=2)
+    job.processes[1].wait(120)
+    jobs.wait_until(lambda: "injected failure" in job.output(1), 10)
+    assert job.processes[1].returncode == 1
+    assert "Traceback" in job.output(1)
+    job.processes[0].kill()
