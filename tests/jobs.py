@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,10 +17,10 @@ TOKENIZER = REPO / "jasmine" / "baselines" / "maskgit" / "train_tokenizer_vqvae.
 FAULTY = REPO / "tests" / "training" / "faulty_job.py"
 
 # Small enough that a step takes milliseconds; float32, since curves are compared.
-TINY = (
+TINY = shlex.split(
     "--seq_len 4 --batch_size 8 --model_dim 16 --ffn_dim 32 --num_blocks 1 --num_heads 2 --patch_size 8 --num_latents 16 "
     "--latent_dim 8 --dtype float32 --log_interval 1 --num_steps 40 --log_checkpoint_interval 10 --log_batch_checksum"
-).split()
+)
 
 
 def free_port() -> int:

@@ -3,9 +3,10 @@
 Grain's element i is the whole local batch of step `start_step + i`, read in one call: what an element is follows from
 (seed, step) alone, so threads, workers and prefetching change when a batch is read, never what is in it or the order.
 
-Invariants: a process reads only its rows of the global batch; at most `prefetch` batches (one per worker process, if
-those are more) wait in memory; worker processes never see the signals by which a cluster asks a job to save, since the
-trainer needs them until it has, and they die with the process that started them.
+Invariants: a process reads only its rows of the global batch; at most `prefetch` batches wait in memory (with worker
+processes: at least one in each, and up to three more of each on their way); worker processes never see the signals by
+which a cluster asks a job to save, since the trainer needs them until it has, and they die with the process that
+started them.
 """
 
 import multiprocessing

@@ -10,13 +10,14 @@ import logging
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 from absl import logging as absl_logging
 
-from jasmine.errors import UserError
+from jasmine.errors import EXIT_FAILED, EXIT_USER_ERROR, ClusterError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def initialize() -> None:
     Timeouts come from `JASMINE_INIT_TIMEOUT` and `JASMINE_HEARTBEAT_TIMEOUT` (seconds) where set.
 
     Raises:
-        UserError: the environment describes no usable job, or the coordinator did not answer in time.
+        UserError: the environment describes no usable job.
+        ClusterError: the coordinator or a peer did not answer in time.
     """
     _quiet_libraries()
     _enable_compilation_cache()
@@ -112,9 +114,9 @@ def initialize() -> None:
             # A job on this machine alone has no business listening on its other addresses.
             coordinator_bind_address=found.coordinator if loopback and found.process_id == 0 else None,
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(
+        raise ClusterError(
             f"could not join the job ({found.source}, coordinator {found.coordinator or 'detected by jax'}) "
             f"within {init_timeout} s: {first_line}"
         ) from error
@@ -164,22 +166,21 @@ def exit_with_job() -> Iterator[None]:
     in a collective for this one (five minutes by default). A user's mistake is one line and exit code 2; a bug of ours
     or a lost peer keeps its traceback and exit code 1.
     """
-    from jasmine.errors import EXIT_USER_ERROR
-
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_FAILED
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
         if code == 0 or not _in_job():
             raise
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        code = 1
+        code = EXIT_FAILED
     else:
         return
     sys.stdout.flush()

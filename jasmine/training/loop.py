@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jasmine.data.episodes import Episodes, open_dataset
@@ -147,7 +148,8 @@ class _Run:
         if jax.process_index() == 0:
             run_files.rewind_metrics(self.run_dir, self.step)
             run_files.write_config(self.run_dir, config, self.job)
-        self._event("resumed" if restored else "started", step=self.step, mesh=dict(self.mesh.shape))
+        topology = {"mesh": dict(self.mesh.shape), "processes": jax.process_count(), "devices": self.mesh.size}
+        self._event("resumed" if restored else "started", step=self.step, **topology)
         _say(f"resumed from the checkpoint of step {self.step}" if restored else "starting from step 0")
         self.log = MetricsLog(self.run_dir, config, self.job, counts)
         self.feed = DataFeed(self.dataset, config, self.mesh, self.rules, seed=config.seed, start_step=self.step)
@@ -199,6 +201,8 @@ class _Run:
             batch = next(feed)
             if self.compiled is None:
                 self._compile(batch)
+                if jax.process_count() > 1:  # else the first step's time is what the slowest process took to compile
+                    multihost_utils.sync_global_devices("compiled")
                 since_time, since_wait = time.perf_counter(), feed.waited_seconds
             if profile and self.step == profile[0]:
                 jax.profiler.start_trace(str(self.run_dir / "profile"))
@@ -229,7 +233,7 @@ class _Run:
                 self.checkpoints.poll()
                 since_step, since_time, since_wait = self.step, time.perf_counter(), feed.waited_seconds
             if self.step % config.log_checkpoint_interval == 0 or self.step == last:
-                self._save()
+                since_time += self._save()  # a save's time is in its event; here it would look like a slow step
         if not self.checkpoints.wait() or self.step not in self.checkpoints.steps():
             raise UserError(
                 f"finished step {self.step}, but its checkpoint could not be saved in {self.run_dir} (see above)"
@@ -276,7 +280,8 @@ class _Run:
 
     # --- saving and leaving ------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self) -> float:
+        """Begins a save; returns the seconds that training stood still for it."""
         begin = time.perf_counter()
         meta = {
             "step": self.step,
@@ -289,7 +294,9 @@ class _Run:
         }
         # Metrics of this step are on disk already: a run resumed from here has no gap in its curve.
         begun = self.checkpoints.save(self.step, self.state, meta)
-        self._event("checkpoint", step=self.step, begun=begun, blocked_seconds=time.perf_counter() - begin)
+        blocked = time.perf_counter() - begin
+        self._event("checkpoint", step=self.step, begun=begun, blocked_seconds=blocked)
+        return blocked
 
     def _leave(self) -> None:
         signal_name = self.stop_signal.received_signal or "a signal to another process"

@@ -73,6 +73,11 @@ def test_rows_of_all_processes_make_the_global_batch(dataset, expected, processe
     assert_equal(joined, expected)
 
 
+def test_rows_may_be_scattered(dataset, expected):
+    rows = np.array([1, 4, 5])
+    assert_equal(take(dataset, 30, rows=rows), [{key: value[rows] for key, value in b.items()} for b in expected])
+
+
 @pytest.mark.parametrize("start_step", [1, 13, 29])
 def test_any_first_step(dataset, expected, start_step):
     assert_equal(take(dataset, 30 - start_step, start_step=start_step), expected[start_step:])

@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 
 from jasmine.errors import UserError
@@ -28,7 +30,8 @@ def test_wrong_type_exits_with_2(capsys):
 
 
 def test_contract_options_exist():
-    contract = """data_dir ckpt_dir num_steps batch_size seq_len seed log_interval val_data_dir val_interval
-        log_checkpoint_interval max_lr warmup_steps wsd_decay_steps dtype mesh.data mesh.fsdp mesh.tensor remat log
-        log_batch_checksum stop_at_step""".split()
+    contract = shlex.split(
+        "data_dir ckpt_dir num_steps batch_size seq_len seed log_interval val_data_dir val_interval log_checkpoint_interval "
+        "max_lr warmup_steps wsd_decay_steps dtype mesh.data mesh.fsdp mesh.tensor remat log log_batch_checksum stop_at_step"
+    )
     assert set(contract) <= set(option_names(TrainConfig))
