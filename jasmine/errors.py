@@ -1,10 +1,12 @@
-"""The one exception that stands for a user's mistake: its text is the single line the user sees.
+"""How a process ends, and the errors whose text is the single line that a user sees.
 
-Raise it with what is wrong, where (file, key, record) and what would be right. Entry points print it without a
-traceback and exit with `EXIT_USER_ERROR`; everything else is a bug of ours and keeps its traceback.
+Raise them with what is wrong, where (file, key, record) and what would be right. Entry points print them without a
+traceback; everything else is a bug of ours and keeps its traceback. Exit code 0: finished; `EXIT_SAVED`: state saved, run
+me again; anything else: failed.
 """
 
 EXIT_USER_ERROR = 2
+EXIT_SAVED = 75
 EXIT_FAILED = 1
 
 

@@ -33,8 +33,9 @@ try:
     from launch.snapshot import SCRIPT_DIR, take_snapshot
     from launch.submit import Request, carry_out, jobs_command
 except ModuleNotFoundError as missing:
-    print(f"error: {sys.executable} has no module {missing.name!r}: use the project's own Python", file=sys.stderr)
-    sys.exit(2)
+    from launch.interpreter import continue_with_project_python
+
+    continue_with_project_python(missing)
 
 
 def main(arguments: list[str]) -> int:

@@ -32,8 +32,9 @@ try:
     from launch.run_dir import RunDir, in_use
     from launch.snapshot import Code, Snapshot, take_snapshot
 except ModuleNotFoundError as missing:
-    print(f"error: {sys.executable} has no module {missing.name!r}: use the project's own Python", file=sys.stderr)
-    sys.exit(2)
+    from launch.interpreter import continue_with_project_python
+
+    continue_with_project_python(missing)
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

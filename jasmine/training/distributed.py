@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import logging as absl_logging
 
-from jasmine.errors import EXIT_FAILED, EXIT_USER_ERROR, ClusterError, UserError
+from jasmine.errors import EXIT_FAILED, EXIT_SAVED, EXIT_USER_ERROR, ClusterError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -133,24 +133,6 @@ def topology() -> str:
     )
 
 
-def agree(key: str, value: str | None = None, timeout_seconds: float = 600) -> str:
-    """Process 0's `value`, on every process, through the coordinator (no device needed).
-
-    Args:
-        key: a name that is used once in the life of the job.
-        value: given by process 0; ignored elsewhere.
-    """
-    if jax.process_count() == 1:
-        assert value is not None
-        return value
-    client = coordination_client()
-    if jax.process_index() == 0:
-        assert value is not None
-        client.key_value_set(f"jasmine/agree/{key}", value)
-        return value
-    return client.blocking_key_value_get(f"jasmine/agree/{key}", int(timeout_seconds * 1000))
-
-
 def coordination_client():  # type: ignore[no-untyped-def]  # the type is jaxlib's own
     """The client of jax's coordination service, or None in a job of one process."""
     from jax._src import distributed  # the service has no public name
@@ -176,8 +158,8 @@ def exit_with_job() -> Iterator[None]:
         code = EXIT_FAILED
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        if code == 0 or not _in_job():
-            raise
+        if code in (0, EXIT_SAVED) or coordination_client() is None:
+            raise  # every process leaves like this, so the exit barrier lets all go
     except BaseException:
         traceback.print_exc()
         code = EXIT_FAILED
@@ -186,10 +168,6 @@ def exit_with_job() -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _in_job() -> bool:
-    return coordination_client() is not None
 
 
 def _enable_compilation_cache() -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jasmine.data.episodes import Episodes, open_dataset
 from jasmine.data.sampling import WindowSampler
-from jasmine.errors import UserError
+from jasmine.errors import EXIT_SAVED, UserError
 from jasmine.training import distributed, run_files
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.config import TrainConfig
@@ -31,7 +31,7 @@ from jasmine.training.flops import model_flops, peak_flops
 from jasmine.training.mesh import check_batch, make_mesh
 from jasmine.training.metrics import MetricsLog
 from jasmine.training.optimizer import make_optimizer
-from jasmine.training.preemption import EXIT_SAVED, StopSignal
+from jasmine.training.preemption import StopSignal
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, TrainState, abstract_state, initial_state
 from jasmine.training.step import make_evaluation, make_update

@@ -21,7 +21,6 @@ from jasmine.training import distributed
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_SAVED = 75
 _POLL_SECONDS = 10
 _KEY = "jasmine/stop"
 _END = "end of job"
