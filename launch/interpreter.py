@@ -11,5 +11,8 @@ def continue_with_project_python(missing: ModuleNotFoundError) -> NoReturn:
     project = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
     if project.exists() and Path(sys.prefix) != project.parents[1]:
         os.execv(project, [str(project), *sys.argv])
-    print(f"error: {sys.executable} has no module {missing.name!r}: run `make setup` in the project first", file=sys.stderr)
+    print(
+        f"error: {sys.executable} has no module {missing.name!r}: run `make setup` in the project first",
+        file=sys.stderr,
+    )
     sys.exit(2)

@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 600
+STEPS = 500
 DATA = "--num_episodes_train 400 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
-MODEL = "--model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --patch_size 8 --latent_dim 8 --num_latents 512"
+MODEL = (
+    "--patch_size 4 --model_dim 64 --ffn_dim 256 --num_blocks 1 --num_heads 2 --latent_dim 8 --num_latents 512 "
+    "--vq_revival 1.0"
+)
 TRAINING = (
-    f"--batch_size 8 --seq_len 4 --num_steps {STEPS} --max_lr 1e-3 --warmup_steps 30 --dtype float32 --log_interval 10 "
-    "--val_interval 150 --val_steps 4 --log_checkpoint_interval 100"
+    f"--batch_size 8 --seq_len 4 --num_steps {STEPS} --max_lr 2e-3 --warmup_steps 20 --dtype float32 --log_interval 10 "
+    "--val_interval 125 --val_steps 4 --log_checkpoint_interval 100"
 )
 
 console = Console(highlight=False, soft_wrap=True)
@@ -65,7 +68,9 @@ def main() -> None:
     title("5. The result")
     run(f"python -m jasmine.evaluation.curves {shlex.quote(str(run_dir))}")
     psnr = last_metric(run_dir, "val_psnr")
-    console.print(f"validation PSNR [bold green]{psnr:.1f} dB[/] after {STEPS} steps; {time.monotonic() - begin:.0f} s in all")
+    console.print(
+        f"validation PSNR [bold green]{psnr:.1f} dB[/] after {STEPS} steps; {time.monotonic() - begin:.0f} s in all"
+    )
     for what, where in [
         ("true frames above reconstructed ones", "reconstruction.png"),
         ("loss curve, with the place where it was resumed", "loss.png"),

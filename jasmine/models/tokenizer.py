@@ -74,7 +74,8 @@ class VideoTokenizerVQVAE(nnx.Module):
         self, video_BTHWC: jax.Array, dropout_key: jax.Array | None = None, codebook_key: jax.Array | None = None
     ) -> Quantized:
         """Tokens of a video; indices are (B, T, N) int32."""
-        return self.vq(self.encoder(patchify(video_BTHWC, self.patch_size), dropout_key), codebook_key)
+        patch_BTNP = patchify(2 * video_BTHWC - 1, self.patch_size)
+        return self.vq(self.encoder(patch_BTNP, dropout_key), codebook_key)
 
     def decode(self, index_BTN: jax.Array) -> jax.Array:
         """Video of token indices: (B, T, H, W, C) float32 in [0, 1]."""
@@ -82,5 +83,6 @@ class VideoTokenizerVQVAE(nnx.Module):
 
     def decode_latents(self, latent_BTNL: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Video of latent vectors: (B, T, H, W, C) float32 in [0, 1]."""
-        patch_BTNP = jax.nn.sigmoid(self.decoder(latent_BTNL, key).astype(jnp.float32))
+        scaled_BTNL = latent_BTNL * latent_BTNL.shape[-1] ** 0.5  # codes have about unit length; this is unit variance
+        patch_BTNP = jax.nn.sigmoid(self.decoder(scaled_BTNL, key).astype(jnp.float32))
         return unpatchify(patch_BTNP, self.patch_size, self.frame_shape[0], self.frame_shape[1])

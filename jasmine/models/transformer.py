@@ -109,15 +109,18 @@ class Block(nnx.Module):
 
 
 class SpaceTimeTransformer(nnx.Module):
-    """Tokens in, tokens out: norm -> linear -> norm -> positions -> blocks -> linear."""
+    """Tokens in, tokens out: linear -> positions -> blocks -> norm -> linear.
+
+    No normalisation before or after the first layer: of a patch of one colour it would leave nothing, as its mean is all
+    there is to it. Inputs are expected near unit variance.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
-        self.in_norm = LayerNorm(in_dim, logical=None)
         self.in_linear = Linear((in_dim,), (config.model_dim,), logical=(None, "embed"), dtype=config.dtype, rngs=rngs)
-        self.embed_norm = LayerNorm(config.model_dim, logical="embed")
         keys = jax.random.split(rngs.params(), config.num_blocks)
         self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+        self.out_norm = LayerNorm(config.model_dim, logical="embed")
         self.out_linear = Linear(
             (config.model_dim,), (out_dim,), logical=("embed", None), dtype=config.dtype, rngs=rngs
         )
@@ -132,7 +135,7 @@ class SpaceTimeTransformer(nnx.Module):
             (B, T, N, O) in the compute dtype.
         """
         config = self.config
-        x_BTNM = self.embed_norm(self.in_linear(self.in_norm(x_BTNI)))
+        x_BTNM = self.in_linear(x_BTNI)
         T, N = x_BTNM.shape[1:3]
         time_TM, space_NM = sinusoids(T, config.model_dim), sinusoids(N, config.model_dim)
         x_BTNM = (x_BTNM + time_TM[:, None] + space_NM).astype(config.dtype)
@@ -146,4 +149,4 @@ class SpaceTimeTransformer(nnx.Module):
 
         body = rematerialize(layer, config.remat)
         x_BTNM, _ = jax.lax.scan(body, constrain(x_BTNM, "batch"), (layers, jnp.arange(config.num_blocks)))
-        return self.out_linear(x_BTNM)
+        return self.out_linear(self.out_norm(x_BTNM))

@@ -35,7 +35,7 @@ from jasmine.training.preemption import StopSignal
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, TrainState, abstract_state, initial_state
 from jasmine.training.step import make_evaluation, make_update
-from jasmine.training.task import Batch, Keys, Task
+from jasmine.training.task import Batch, Keys, Metrics, Task
 
 STEPS_AHEAD = 2
 # Options that decide which examples and draws a step uses: changed on resume, the run is no longer the same function.
@@ -223,7 +223,7 @@ class _Run:
 
             evaluates = self.val_dataset is not None and (self.step % config.val_interval == 0 or self.step == last)
             if self.step % config.log_interval == 0 or self.step == last or evaluates:
-                values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
+                values: dict[str, Any] = dict(jax.device_get(metrics))
                 now = time.perf_counter()
                 steps = self.step - since_step
                 values |= self._speed((now - since_time) / steps, (feed.waited_seconds - since_wait) / steps)
@@ -259,7 +259,8 @@ class _Run:
         count = min(config.val_steps, math.ceil(sampler.num_windows / config.batch_size))
         val_feed = DataFeed(self.val_dataset, config, self.mesh, self.rules, seed=config.seed)
         params = self.state.params if self.state.ema is None else self.state.ema
-        collected, pictures = [], {}
+        collected: list[Metrics] = []
+        pictures: dict[str, jax.Array] = {}
         try:
             for index in range(count):
                 key = jax.random.fold_in(jax.random.key(config.seed), index)

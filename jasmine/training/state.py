@@ -20,9 +20,12 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step`: int32, finished updates. `params`: nested dict of float32. `ema`: like params, or None without averaging."""
+    """`step`: int32, finished updates. `params`: nested dict of float32. `ema`: like params, or None without averaging.
 
-    step: jax.Array
+    An abstract state has a `jax.ShapeDtypeStruct` with a sharding for each array.
+    """
+
+    step: Any
     params: Params
     opt_state: Any
     ema: Params | None

@@ -38,8 +38,13 @@ class Task(Protocol):
     Batches hold `videos`, (B, T, H, W, C) uint8, and `actions`, (B, T) int32, where the data has them.
     """
 
-    config: TrainConfig
-    frame_shape: tuple[int, int, int]
+    @property
+    def config(self) -> TrainConfig:
+        """The baseline's options."""
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the data's frames."""
 
     def check(self) -> None:
         """Raises UserError where the options do not fit the data or each other."""

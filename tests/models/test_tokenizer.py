@@ -90,6 +90,32 @@ def test_codebook_dropout_leaves_codes_out_of_the_search():
     assert 16 <= len(used) <= 48
 
 
+def test_revival_pulls_unused_codes_and_leaves_used_ones():
+    quantizer = VectorQuantizer(16, 4, rngs=nnx.Rngs(0))
+    codes = quantizer.codebook[...]
+    encoded = codes[jnp.array([3, 3, 9])] + 0.05
+
+    graph, state = nnx.split(quantizer)
+
+    def revival(state):
+        module = nnx.merge(graph, state)
+        return module.revival_loss(module(encoded))
+
+    step = -np.asarray(jax.grad(revival)(state)["codebook"][...])
+    unused = np.setdiff1d(np.arange(16), np.asarray(quantizer(encoded).index_X))
+    assert np.abs(step[[3, 9]]).max() == 0
+    nearest = jnp.argmax(codes @ quantizer(encoded).encoded_XL.T, axis=1)
+    towards = quantizer(encoded).encoded_XL[nearest] - codes
+    assert (np.sum(step * np.asarray(towards), axis=1)[unused] > 0).all()
+
+
+def test_a_patch_of_one_colour_keeps_its_brightness(tokenizer):
+    grey = jnp.full((1, 1, 16, 24, 3), 0.2)
+    encoded = [np.asarray(tokenizer.encode(grey * factor).encoded_XL) for factor in (1.0, 2.0, 4.0)]
+    assert np.abs(encoded[0] - encoded[1]).max() > 0.01
+    assert np.abs(encoded[1] - encoded[2]).max() > 0.01
+
+
 def test_dropout_is_random_in_training_and_absent_in_evaluation():
     import dataclasses
 

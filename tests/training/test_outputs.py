@@ -51,7 +51,7 @@ def test_pictures_of_evaluations(full_run):
         f"reconstruction_{step:07d}.png" for step in (5, 10, 12)
     ]
     image = np.asarray(Image.open(run_dir / "reconstruction.png"))
-    assert image.shape == (4 * 2 * 18, 4 * 18, 3)
+    assert image.shape == (4 * 2 * 18 * 8, 4 * 18 * 8, 3)  # 16-pixel frames with a border, enlarged 8 times
     assert (run_dir / "reconstruction.png").read_bytes() == (run_dir / "media/reconstruction_0000012.png").read_bytes()
 
 

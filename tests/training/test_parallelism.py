@@ -89,7 +89,9 @@ def test_moving_average_follows_the_weights():
     state, logged = train(dataclasses.replace(CONFIG, ema_decay=0.5), steps=1)
     assert logged[0]["lr"] > 0
     start, _ = train(dataclasses.replace(CONFIG, ema_decay=0.5), steps=0)
-    before, after, average = (np.asarray(p["decoder"]["out_linear"]["kernel"]) for p in (start.params, state.params, state.ema))
+    before, after, average = (
+        np.asarray(p["decoder"]["out_linear"]["kernel"]) for p in (start.params, state.params, state.ema)
+    )
     assert (before != after).any()
     np.testing.assert_allclose(average, (before + after) / 2, rtol=1e-5, atol=1e-7)
 

@@ -50,6 +50,8 @@ class Config(TrainConfig):
     """Chance of each code to sit a step out, so that a few codes do not take all."""
     vq_beta: float = 0.25
     """Weight of the commitment term."""
+    vq_revival: float = 0.0
+    """Weight of a term that pulls codes that a batch leaves unused towards its encoder outputs; 0: none."""
 
 
 # --- model ------------------------------------------------------------------------------------------------------
@@ -111,6 +113,8 @@ class TokenizerTask:
         commitment_loss = jnp.square(encoded - jax.lax.stop_gradient(code)).mean()
         loss = mse + q_loss + self.config.vq_beta * commitment_loss
         terms = {"mse": mse, "q_loss": q_loss, "commitment_loss": commitment_loss}
+        if self.config.vq_revival > 0 and keys is not None:
+            loss = loss + self.config.vq_revival * model.vq.revival_loss(out.quantized)
         return loss, terms, out.video_BTHWC, out.quantized.index_X
 
     # --- evaluation ---------------------------------------------------------------------------------------------
