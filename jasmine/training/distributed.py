@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,6 +103,8 @@ def initialize() -> None:
     heartbeat = int(os.environ.get("JASMINE_HEARTBEAT_TIMEOUT", HEARTBEAT_SECONDS))
     host = (found.coordinator or "").rpartition(":")[0]
     loopback = host in ("localhost", "127.0.0.1")
+    if found.coordinator and found.process_id:
+        _wait_for_coordinator(found, init_timeout)
     try:
         jax.distributed.initialize(
             coordinator_address=found.coordinator,
@@ -120,6 +123,25 @@ def initialize() -> None:
             f"could not join the job ({found.source}, coordinator {found.coordinator or 'detected by jax'}) "
             f"within {init_timeout} s: {first_line}"
         ) from error
+
+
+def _wait_for_coordinator(found: Rendezvous, timeout: float) -> None:
+    """Waits until somebody listens at the coordinator's address. Jax would wait as well, but end by aborting."""
+    host, _, port = str(found.coordinator).rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"could not join the job: nobody answers at {found.coordinator} ({found.source}) within {timeout:.0f} s: "
+                    f"{error.strerror or error}; is process 0 running, and its port reachable from this host?"
+                ) from error
+        except ValueError:
+            raise UserError(f"the coordinator's address is {found.coordinator!r}; expected HOST:PORT") from None
+        time.sleep(0.2)
 
 
 def topology() -> str:
