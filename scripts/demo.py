@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 500
+STEPS = 800
 DATA = "--num_episodes_train 400 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
 MODEL = (
     "--patch_size 4 --model_dim 64 --ffn_dim 256 --num_blocks 1 --num_heads 2 --latent_dim 8 --num_latents 512 "
@@ -28,7 +28,7 @@ MODEL = (
 )
 TRAINING = (
     f"--batch_size 8 --seq_len 4 --num_steps {STEPS} --max_lr 2e-3 --warmup_steps 20 --dtype float32 --log_interval 10 "
-    "--val_interval 125 --val_steps 4 --log_checkpoint_interval 100"
+    "--val_interval 200 --val_steps 4 --log_checkpoint_interval 100"
 )
 
 console = Console(highlight=False, soft_wrap=True)
@@ -57,13 +57,13 @@ def main() -> None:
     title("3. The cluster wants its machines back: SIGTERM, in the middle of the run")
     supervisor = json.loads((run_dir / "run.json").read_text())["supervisor"]["pid"]
     os.kill(supervisor, signal.SIGTERM)
-    wait_for(run_dir, lambda state: state not in ("queued", "running"), "saving")
+    wait_for(run_dir, lambda state: state not in ("submitted", "running"), "saving")
     run(f"python launch/jobs.py status {options.name}")
 
     title("4. Go on elsewhere: 1 process × 1 device, same run, same curve")
     run(f"python launch/jobs.py resume {options.name} --set processes=1 --set devices_per_process=1")
     follow(run_dir, until=STEPS)
-    wait_for(run_dir, lambda state: state not in ("queued", "running"), "finishing")
+    wait_for(run_dir, lambda state: state not in ("submitted", "running"), "finishing")
 
     title("5. The result")
     run(f"python -m jasmine.evaluation.curves {shlex.quote(str(run_dir))}")
