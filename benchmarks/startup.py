@@ -10,6 +10,7 @@ started; the last line is one JSON object. `--quick` leaves the job of two proce
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,10 +23,10 @@ import numpy as np
 from jasmine.data.episodes import EpisodeWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-JOB = (
+JOB = shlex.split(
     "--batch_size 4 --seq_len 16 --model_dim 128 --ffn_dim 512 --num_blocks 2 --dtype float32 --num_steps 100 "
     "--stop_at_step 2 --log_interval 1"
-).split()
+)
 
 
 def submit(storage: Path, cache: Path, data: Path, name: str, processes: int, devices: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ import io
 import sys
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from jasmine.errors import UserError
@@ -26,7 +27,7 @@ class Options:
 
 
 def draw(run_dir: epath.Path, out: epath.Path) -> None:
-    """Writes the picture of a run.
+    """Writes the picture of a run: each logged loss, faint, and the median of its neighbours.
 
     Raises:
         UserError: the run has no metrics yet.
@@ -41,15 +42,17 @@ def draw(run_dir: epath.Path, out: epath.Path) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in metrics], [r["loss"] for r in metrics], color="tab:blue", label="training loss")
+    steps, losses = [r["step"] for r in metrics], np.array([r["loss"] for r in metrics])
+    around = min(4, len(losses) // 8)
+    trend = [np.median(losses[max(0, k - around) : k + around + 1]) for k in range(len(losses))]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(steps, trend, color="tab:blue", linewidth=2)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=run_dir.name)
     axes.grid(alpha=0.3, which="both")
     validated = [r for r in metrics if "val_psnr" in r]
     if validated:
         right = axes.twinx()
-        right.plot(
-            [r["step"] for r in validated], [r["val_psnr"] for r in validated], "o-", color="tab:green", label="PSNR"
-        )
+        right.plot([r["step"] for r in validated], [r["val_psnr"] for r in validated], "o-", color="tab:green")
         right.set_ylabel("validation PSNR (dB)", color="tab:green")
     starts = [r for r in read_lines(run_dir / "events.jsonl") if r.get("event") in ("started", "resumed")]
     for start in starts:
@@ -57,7 +60,7 @@ def draw(run_dir: epath.Path, out: epath.Path) -> None:
         if resumed:
             axes.axvline(start["step"], color="tab:red", linestyle="--")
         label = f"resumed at step {start['step']} on\n{_topology(start)}" if resumed else _topology(start)
-        axes.annotate(label, (start["step"], 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0), va="top",
+        axes.annotate(label, (start["step"], 0.03), xycoords=("data", "axes fraction"), xytext=(5, 0), va="bottom",
                       textcoords="offset points", fontsize=9, color="tab:red" if resumed else "tab:gray")  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -73,13 +73,13 @@ class Checkpointer:
         Raises:
             UserError: several saves in a row failed.
         """
-        if step in self._manager.all_steps():
-            return True
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # of the save before
             self._failed(None, error)
+        if step in self._manager.all_steps():
+            return True
         self._saving = step
         try:
             self._manager.save(step, args=items, force=True)
@@ -115,6 +115,8 @@ class Checkpointer:
         self._failures += 1
         step = self._saving if step is None else step
         self._remove_partial()
+        if jax.process_count() == 1:  # with more, reloading would wait for peers that may not have failed
+            self._manager.reload()  # Orbax counts a save as there from its beginning; the disk knows better
         which = f"the checkpoint of step {step}"
         text = f"{which} could not be saved in {self.directory}: {reason(error)}"
         if self._failures >= FAILED_SAVES_IN_A_ROW:

@@ -32,7 +32,7 @@ class TrainConfig:
     image_channels: int | None = None
     """Colour channels, likewise."""
     num_workers: int = 0
-    """Processes that read data. 0: threads, which are enough for raw frames; compressed ones gain from workers."""
+    """Processes that read data. 0: threads of this one, enough unless frames are JPEG, WebP or PNG."""
 
     # --- how long, with what ---
     seed: int = 0

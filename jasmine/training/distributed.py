@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -182,6 +183,9 @@ def exit_with_job() -> Iterator[None]:
         code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
         if code in (0, EXIT_SAVED) or coordination_client() is None:
             raise  # every process leaves like this, so the exit barrier lets all go
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on from the newest checkpoint", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = EXIT_FAILED

@@ -124,7 +124,6 @@ class _Run:
         self.log: MetricsLog | None = None
         self.compiled: Any = None
         self.flops = 0.0
-        self.pictured = False
 
     # --- beginning ---------------------------------------------------------------------------------------------
 
@@ -132,15 +131,14 @@ class _Run:
         config = self.config
         counts = self.definition.count()
         _say("parameters: " + "  ".join(f"{name} {count:,}" for name, count in counts.items()))
-        abstract = self.abstract
         if not config.restore_ckpt and self.checkpoints.steps():
             raise UserError(
                 f"{self.run_dir} holds checkpoints (newest: step {self.checkpoints.steps()[-1]}) and --no-restore_ckpt would "
                 f"train over them; name another folder, or leave the flag out to go on"
             )
-        restored = self.checkpoints.restore(abstract)
+        restored = self.checkpoints.restore(self.abstract)
         if restored is None:
-            self.state = initial_state(self.task, self.definition, self.optimizer, abstract)
+            self.state = initial_state(self.task, self.definition, self.optimizer, self.abstract)
         else:
             self.state = restored.state
             self.step = int(restored.state.step)

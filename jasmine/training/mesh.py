@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -51,20 +52,29 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices of the job. With several slices, `data` is split over them (slow network between)."""
     devices = jax.devices()
-    shape = mesh_shape(config, len(devices))
+    return Mesh(arrange(devices, mesh_shape(config, len(devices))), AXES)
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours on the inner axes near each other in the network.
+
+    Raises:
+        UserError: `data` cannot be split over the slices that the devices are in.
+    """
     num_slices = 1 + max(getattr(device, "slice_index", 0) or 0 for device in devices)
     if num_slices > 1:
         if shape[0] % num_slices:
             raise UserError(
-                f"--mesh.data={shape[0]} cannot span {num_slices} slices; make it a multiple of {num_slices}, as only data "
-                f"parallelism may cross the network between slices"
+                f"--mesh.data={shape[0]} cannot span {num_slices} slices; make it a multiple of {num_slices}, as only "
+                f"data parallelism may cross the network between slices"
             )
         within = (shape[0] // num_slices, *shape[1:])
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices), AXES)
+        return mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices, allow_split_physical_axes=True)
     if devices[0].platform == "cpu":
         # Processes in order, so that each one's share of the batch is contiguous.
-        return Mesh(np.array(devices).reshape(shape), AXES)
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+        return np.array(devices).reshape(shape)
+    # On a 16×16 torus `fsdp` of 64 is 16 × 4: an axis of the mesh may take part of one of the network.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

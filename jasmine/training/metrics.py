@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from jasmine.errors import UserError
 from jasmine.training.config import TrainConfig
 from jasmine.training.run_files import JsonLines, attempt, seconds
 
@@ -35,16 +36,19 @@ class MetricsLog:
 
             name = config.name or run_dir.name
             # The run's name is its id: a resumed run goes on with the same curves, whichever machine it is on.
-            self._wandb = wandb.init(
-                entity=config.entity or None,
-                project=config.project,
-                name=name,
-                id=os.environ.get("WANDB_RUN_ID", name),
-                resume="allow",
-                tags=[job, *config.tags],
-                dir=str(run_dir),
-                config={**dataclasses.asdict(config), "num_parameters": dict(num_parameters)},
-            )
+            try:
+                self._wandb = wandb.init(
+                    entity=config.entity or None,
+                    project=config.project,
+                    name=name,
+                    id=os.environ.get("WANDB_RUN_ID", name),
+                    resume="allow",
+                    tags=[job, *config.tags],
+                    dir=str(run_dir),
+                    config={**dataclasses.asdict(config), "num_parameters": dict(num_parameters)},
+                )
+            except wandb.Error as error:
+                raise UserError(f"--log: wandb does not start: {error}; log in, or set WANDB_MODE=offline") from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Logs the scalars of a step: finite or not, they are written as they are."""

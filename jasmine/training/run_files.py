@@ -117,9 +117,10 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def log_event(run_dir: epath.Path, event: str, **fields: Any) -> None:
-    """Appends to `events.jsonl`: what happened, when, on which host, in which attempt."""
-    record = {"time": time.time(), "event": event, "attempt": attempt(), "host": socket.gethostname(), **fields}
-    JsonLines(run_dir / "events.jsonl").write({**record, "process": jax.process_index()})
+    """Appends to `events.jsonl`: what happened, when, in which attempt, in which process; `host` is the launcher's."""
+    where = {"process": jax.process_index(), "hostname": socket.gethostname()}
+    record = {"time": time.time(), "event": event, "attempt": attempt(), **where, **fields}
+    JsonLines(run_dir / "events.jsonl").write(record)
 
 
 def rewind_metrics(run_dir: epath.Path, step: int) -> None:

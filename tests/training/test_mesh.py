@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from jasmine.errors import UserError
-from jasmine.training.mesh import MeshConfig, check_batch, make_mesh, mesh_shape
+from jasmine.training.mesh import MeshConfig, arrange, check_batch, make_mesh, mesh_shape
 
 
 @pytest.mark.parametrize(
@@ -46,3 +49,21 @@ def test_batch_that_does_not_split_names_the_nearest():
 def test_mesh_keeps_processes_in_order():
     mesh = make_mesh(MeshConfig(fsdp=2))
     assert [d.id for d in mesh.devices.flat] == [d.id for d in jax.devices()]
+
+
+class Chip(SimpleNamespace):
+    """As much of a TPU's device as arranging a mesh reads."""
+
+
+def test_data_axis_spans_slices_and_the_others_stay_inside():
+    chips = [
+        Chip(id=k, process_index=k // 4, slice_index=k // 8, platform="tpu", device_kind="unknown", coords=(k % 8, 0, 0),
+             core_on_chip=0)
+        for k in range(16)
+    ]  # fmt: skip
+    mesh = arrange(chips, (4, 2, 2))
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh)
+    assert mesh.shape == (4, 2, 2)
+    assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r"--mesh.data=1 cannot span 2 slices; make it a multiple of 2"):
+        arrange(chips, (1, 8, 2))

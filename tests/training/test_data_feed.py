@@ -1,0 +1,48 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from jasmine.data.episodes import open_dataset
+from jasmine.data.sampling import WindowSampler
+from jasmine.training.config import TrainConfig
+from jasmine.training.data_feed import DataFeed
+from jasmine.training.mesh import MeshConfig, make_mesh
+from jasmine.training.sharding import ShardingRules
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_data):
+    return open_dataset(str(tiny_data), "train")
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=1, tensor=8)])
+def test_batches_on_the_devices_are_those_of_the_step(dataset, mesh):
+    config = TrainConfig(data_dir="unused", batch_size=8, seq_len=4)
+    feed = DataFeed(dataset, config, make_mesh(mesh), ShardingRules(), seed=3, start_step=5)
+    sampler = WindowSampler(dataset.lengths, 4, 3)
+    try:
+        for step, batch in zip(range(5, 9), itertools.islice(feed, 4), strict=True):
+            videos, actions = dataset.read_windows(*sampler.windows(step, 8), 4)
+            np.testing.assert_array_equal(batch["videos"], videos)
+            np.testing.assert_array_equal(batch["actions"], actions)
+            assert batch["videos"].dtype == np.uint8
+    finally:
+        feed.close()
+
+
+def test_an_error_of_the_pipeline_reaches_the_loop(dataset, monkeypatch):
+    def damaged(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(type(dataset), "read_windows", damaged)
+    feed = DataFeed(
+        dataset,
+        TrainConfig(data_dir="unused", batch_size=8, seq_len=4),
+        make_mesh(MeshConfig()),
+        ShardingRules(),
+        seed=0,
+    )
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(feed)
+    feed.close()
