@@ -1,7 +1,8 @@
 # Jasmine: `make demo` or `make test` on a fresh machine; nothing else is needed first.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-PYTHON ?= python3
+# The pins are for Python 3.11; so is the wheel that renders CoinRun.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -11,7 +12,7 @@ setup: $(STAMP)
 
 # Installed only when the pins or the package's own metadata changed.
 $(STAMP): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}; set PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v[:2] != (3, 11) and f"error: the pinned packages are for Python 3.11, and {sys.executable} is {v.major}.{v.minor}; set PYTHON=python3.11")'
 	@echo "setting up $(VENV) (once, about a minute) ..."
 	@scripts/system_packages.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -13,11 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.record import ACTIVE, read_run
+from launch.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 800
@@ -57,13 +60,15 @@ def main() -> None:
     title("3. The cluster wants its machines back: SIGTERM, in the middle of the run")
     supervisor = json.loads((run_dir / "run.json").read_text())["supervisor"]["pid"]
     os.kill(supervisor, signal.SIGTERM)
-    wait_for(run_dir, lambda state: state not in ("submitted", "running"), "saving")
+    wait_for_end(run_dir, "saving")
     run(f"python launch/jobs.py status {options.name}")
 
     title("4. Go on elsewhere: 1 process × 1 device, same run, same curve")
     run(f"python launch/jobs.py resume {options.name} --set processes=1 --set devices_per_process=1")
     follow(run_dir, until=STEPS)
-    wait_for(run_dir, lambda state: state not in ("submitted", "running"), "finishing")
+    wait_for_end(run_dir, "finishing")
+    if state(run_dir) != "finished":
+        explain_and_exit(run_dir)
 
     title("5. The result")
     run(f"python -m jasmine.evaluation.curves {shlex.quote(str(run_dir))}")
@@ -101,8 +106,8 @@ def run(command: str) -> None:
 
 
 def state(run_dir: Path) -> str:
-    """The run's state, by its record."""
-    return json.loads((run_dir / "run.json").read_text())["state"]
+    """The run's state, as the launcher tells it: `lost` too, if its supervisor died."""
+    return read_run(RunDir(run_dir)).state
 
 
 def last_metric(run_dir: Path, name: str) -> float:
@@ -122,10 +127,9 @@ def follow(run_dir: Path, until: int) -> None:
         task = progress.add_task("starting and compiling", total=STEPS)
         step = last_metric(run_dir, "step")
         while not step >= until:
-            if state(run_dir) in ("failed", "lost", "cancelled"):
+            if state(run_dir) not in (*ACTIVE, "finished"):
                 progress.stop()
-                run(f"python launch/jobs.py explain {run_dir.name}")
-                sys.exit(1)
+                explain_and_exit(run_dir)
             time.sleep(0.5)
             new = last_metric(run_dir, "step")
             if new == new and new != step:
@@ -133,10 +137,17 @@ def follow(run_dir: Path, until: int) -> None:
                 progress.update(task, completed=step, description=f"loss {last_metric(run_dir, 'loss'):.4f}")
 
 
-def wait_for(run_dir: Path, done: Callable[[str], bool], what: str) -> None:
+def wait_for_end(run_dir: Path, what: str) -> None:
+    """Waits until nothing of the run lives."""
     with console.status(what):
-        while not done(state(run_dir)):
+        while state(run_dir) in ACTIVE:
             time.sleep(0.2)
+
+
+def explain_and_exit(run_dir: Path) -> NoReturn:
+    """Ends the demo with the launcher's word on why the run ended."""
+    run(f"python launch/jobs.py explain {run_dir.name}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ Each parameter is an `nnx.Param` with metadata `logical`, a tuple with one logic
 `dtype`; normalisation runs in float32 whatever that is.
 """
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 Logical = Sequence[str | None]
+
+
+class RandomKeys(Protocol):
+    """Random keys by purpose, such as `keys["dropout"]`: `jasmine.training.task.Keys`, or a dict."""
+
+    def __getitem__(self, purpose: str) -> jax.Array: ...
 
 
 class Linear(nnx.Module):
@@ -84,21 +94,38 @@ def sinusoids(length: int, size: int) -> np.ndarray:
     return table
 
 
+_fused_allowed = contextvars.ContextVar("fused attention allowed", default=True)
+
+
+@contextlib.contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Within it, attention is traced as plain matrix products on every backend."""
+    token = _fused_allowed.set(False)
+    try:
+        yield
+    finally:
+        _fused_allowed.reset(token)
+
+
+@functools.cache
+def _has_fused_attention() -> bool:
+    """cuDNN's kernel needs an NVIDIA GPU of the Ampere generation (compute capability 8.0) or later."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8.0
+
+
 def attention(q_XLHD: jax.Array, k_XSHD: jax.Array, v_XSHD: jax.Array, *, causal: bool, flash: bool) -> jax.Array:
     """Scaled dot-product attention.
 
-    X: any number of leading axes · L: queries · S: keys · H: heads · D: size of a head. On an NVIDIA GPU, in bfloat16 or
-    float16 and with head sizes that it takes, `flash` selects cuDNN's fused kernel, which needs no padding of L or S; else
-    XLA's.
+    X: any number of leading axes · L: queries · S: keys · H: heads · D: size of a head. On a recent NVIDIA GPU, in bfloat16
+    or float16 and with head sizes that it takes, `flash` selects cuDNN's fused kernel, which needs no padding of L or S;
+    else XLA's.
     """
     lead = q_XLHD.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q_XLHD, k_XSHD, v_XSHD))
-    fused = (
-        flash
-        and jax.default_backend() == "gpu"
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-    )
+    takes = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fused = flash and takes and _fused_allowed.get() and _has_fused_attention()
     out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
     return out.reshape(*lead, *out.shape[-3:])

@@ -52,7 +52,7 @@ class VectorQuantizer(nnx.Module):
         # In float32 whatever the compute dtype: at bfloat16's 8 bits, near codes tie and the choice is the rounding's.
         codebook_KL = self.codebook[...]
         encoded_XL = unit(x_XL.astype(jnp.float32))
-        similarity_XK = encoded_XL @ unit(codebook_KL).T
+        similarity_XK = jnp.matmul(encoded_XL, unit(codebook_KL).T, precision="highest")
         if key is not None and self.dropout > 0:
             dropped_K = jax.random.bernoulli(key, self.dropout, codebook_KL.shape[:1])
             similarity_XK = jnp.where(dropped_K, -jnp.inf, similarity_XK)
@@ -71,7 +71,7 @@ class VectorQuantizer(nnx.Module):
         codebook_KL = self.codebook[...]
         encoded_DL = jax.lax.stop_gradient(quantized.encoded_XL).reshape(-1, codebook_KL.shape[1])
         unused_K = jnp.ones(codebook_KL.shape[0]).at[quantized.index_X.reshape(-1)].set(0.0)
-        nearest_K = jnp.argmax(encoded_DL @ codebook_KL.T, axis=0)
+        nearest_K = jnp.argmax(jnp.matmul(encoded_DL, codebook_KL.T, precision="highest"), axis=0)
         return jnp.mean(unused_K * jnp.square(codebook_KL - encoded_DL[nearest_K]).sum(-1))
 
     def lookup(self, index_X: jax.Array) -> jax.Array:

@@ -6,13 +6,13 @@ Shape key:
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jasmine.models.layers import RandomKeys
 from jasmine.models.quantizer import Quantized, VectorQuantizer
 from jasmine.models.transformer import SpaceTimeTransformer, TransformerConfig
 
@@ -59,7 +59,7 @@ class VideoTokenizerVQVAE(nnx.Module):
         self.vq = VectorQuantizer(num_latents, latent_dim, dropout=codebook_dropout, rngs=rngs)
         self.decoder = SpaceTimeTransformer(latent_dim, patch_dim, transformer, rngs)
 
-    def __call__(self, video_BTHWC: jax.Array, keys: Mapping[str, jax.Array] | None = None) -> Reconstruction:
+    def __call__(self, video_BTHWC: jax.Array, keys: RandomKeys | None = None) -> Reconstruction:
         """
         Args:
             video_BTHWC: float in [0, 1].

@@ -45,6 +45,9 @@ class Checkpointer:
         """
         self.directory = directory
         self._failures = 0
+        self._failed_steps: set[int] = (
+            set()
+        )  # Orbax lists a step from the beginning of its save, whatever becomes of it
         self._saving: int | None = None
         keep: list[Any] = [checkpoint_managers.LatestN(config.keep_checkpoints)]
         if config.log_checkpoint_keep_period > 0:
@@ -62,7 +65,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - self._failed_steps)
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> bool:
         """Begins a save and returns once the arrays are copied; writing goes on behind. The state may then be donated.
@@ -78,9 +81,12 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:  # of the save before
             self._failed(None, error)
-        if step in self._manager.all_steps():
+        else:
+            self._failures = 0
+        if step in self.steps():
             return True
         self._saving = step
+        self._failed_steps.discard(step)
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
@@ -115,8 +121,10 @@ class Checkpointer:
         self._failures += 1
         step = self._saving if step is None else step
         self._remove_partial()
+        if step is not None:
+            self._failed_steps.add(step)
         if jax.process_count() == 1:  # with more, reloading would wait for peers that may not have failed
-            self._manager.reload()  # Orbax counts a save as there from its beginning; the disk knows better
+            self._manager.reload()
         which = f"the checkpoint of step {step}"
         text = f"{which} could not be saved in {self.directory}: {reason(error)}"
         if self._failures >= FAILED_SAVES_IN_A_ROW:

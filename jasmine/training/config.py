@@ -46,7 +46,8 @@ class TrainConfig:
     seq_len: int = 16
     """Frames in a clip."""
     grad_accumulation_steps: int = 1
-    """Parts that a batch is worked through in, one update for all: less memory, the same step."""
+    """Parts that a batch is worked through in, one update for all: less memory, the same gradient but for random draws,
+    which each part makes for itself."""
 
     # --- optimizer ---
     init_lr: float = 0.0
@@ -147,8 +148,14 @@ class TrainConfig:
                 raise UserError(
                     f"--{name}={getattr(self, name)}: must be at least 1 (a number past num_steps means never)"
                 )
-        if self.stop_at_step > self.num_steps:
-            raise UserError(f"--stop_at_step={self.stop_at_step} is past the end, --num_steps={self.num_steps}")
+        if not 0 <= self.stop_at_step <= self.num_steps:
+            raise UserError(
+                f"--stop_at_step={self.stop_at_step} is not between 0 and the end, --num_steps={self.num_steps}"
+            )
+        if self.lr_schedule == "cos" and self.resolved_warmup() >= self.num_steps:
+            raise UserError(
+                f"--warmup_steps={self.warmup_steps} leaves none of --num_steps={self.num_steps} for the cosine"
+            )
         if len({size is None for size in (self.image_height, self.image_width, self.image_channels)}) > 1:
             raise UserError("give all of --image_height, --image_width and --image_channels, or none")
         decay = self.resolved_decay() if self.lr_schedule == "wsd" else 0

@@ -17,6 +17,7 @@ from jasmine.training.sharding import ShardingRules
 from jasmine.training.task import Batch
 
 DEVICE_BATCHES_AHEAD = 2
+CLOSE_SECONDS = 5
 
 
 class DataFeed:
@@ -44,7 +45,7 @@ class DataFeed:
         # Devices of a process may hold the same rows (tensor parallel) and, on some pods, rows that are not neighbours.
         self._rows = np.unique(np.concatenate([np.array(rows) for rows in self._device_rows.values()]))
         self._batch_size = config.batch_size
-        self._source: Iterator[dict[str, np.ndarray]] = batches(
+        self._source = batches(
             dataset,
             seq_len=config.seq_len,
             batch_size=config.batch_size,
@@ -63,22 +64,29 @@ class DataFeed:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises what the pipeline raised. `waited_seconds` adds up what callers waited."""
+        """The next batch. Raises what the pipeline raised."""
+        batch = None
+        while batch is None:
+            batch = self.get(timeout=60)
+        return batch
+
+    def get(self, timeout: float) -> Batch | None:
+        """The next batch, or None if there is none within `timeout` seconds. `waited_seconds` adds up what callers waited."""
         start = time.perf_counter()
-        item = self._queue.get()
-        self.waited_seconds += time.perf_counter() - start
+        try:
+            item = self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        finally:
+            self.waited_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self) -> None:
-        """Stops the thread; batches in flight are dropped."""
+        """Stops reading; batches in flight are dropped. A read that hangs is left behind: its thread is a daemon."""
         self._closed.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
+        self._thread.join(CLOSE_SECONDS)
 
     def _fill(self) -> None:
         try:
@@ -88,6 +96,8 @@ class DataFeed:
                     return
         except BaseException as error:  # the consumer raises it where the user sees it
             self._put(error)
+        finally:
+            self._source.close()
 
     def _put(self, item: Any) -> None:
         while not self._closed.is_set():

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -50,38 +51,75 @@ def find_rendezvous(env: Mapping[str, str]) -> Rendezvous | None:
     if "JAX_COORDINATOR_ADDRESS" in env and ("JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env):
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         return _explicit("explicit coordinator", env, *names)
-    if "RANK" in env and "WORLD_SIZE" in env and int(env["WORLD_SIZE"]) > 1:
+    if "RANK" in env and "WORLD_SIZE" in env and _integer(env, "WORLD_SIZE") > 1:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise UserError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: set all four, or none")
-        local = (int(env["LOCAL_RANK"]),) if int(env.get("LOCAL_WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in env else None
+        shared = _integer(env, "LOCAL_WORLD_SIZE", 1) > 1 and "LOCAL_RANK" in env
+        local = (_integer(env, "LOCAL_RANK"),) if shared else None
         address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        return Rendezvous("torchrun variables", address, int(env["WORLD_SIZE"]), int(env["RANK"]), local)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1:
-        return Rendezvous("Slurm step")
-    if _on_tpu_pod(env):
-        return Rendezvous("Cloud TPU")
-    if "JOBSET_NAME" in env and "JOB_COMPLETION_INDEX" in env:
-        return Rendezvous("GKE job set")
-    return None
+        return Rendezvous("torchrun variables", address, _integer(env, "WORLD_SIZE"), _integer(env, "RANK"), local)
+    # Of a step, as srun starts it: the batch script around it has SLURM_PROCID and SLURM_NTASKS as well, but is alone.
+    if "SLURM_PROCID" in env and _integer(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return Rendezvous("Slurm step", local_device_ids=_slurm_gpus(env))
+    return _tpu_pod(env)
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = env.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"the environment has {name}={value!r}; expected a whole number") from None
 
 
 def _explicit(source: str, env: Mapping[str, str], address: str, count: str, index: str) -> Rendezvous:
     missing = [name for name in (address, count, index) if name not in env]
     if missing:
         raise UserError(f"{', '.join(missing)} not set although {address} is: set all of {address}, {count}, {index}")
-    return Rendezvous(source, env[address], int(env[count]), int(env[index]))
+    return Rendezvous(source, env[address], _integer(env, count), _integer(env, index))
 
 
-def _on_tpu_pod(env: Mapping[str, str]) -> bool:
+def _slurm_gpus(env: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The GPUs of this task, as indices into those that it sees. Left to itself, jax would take GPU number SLURM_LOCALID
+    and no other: one task with eight GPUs would train on the first. None without GPUs, or where the user has chosen."""
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
+    if "CUDA_VISIBLE_DEVICES" in env:
+        seen = len([device for device in env["CUDA_VISIBLE_DEVICES"].split(",") if device])
+    else:
+        seen = _integer(env, "SLURM_GPUS_ON_NODE", 0)
+    tasks = _tasks_on_this_node(env)
+    if not seen:
+        return None
+    if seen == 1 or tasks == 1 or seen % tasks:
+        return tuple(range(seen))  # bound to this task by Slurm, or all its own
+    share = seen // tasks
+    first = _integer(env, "SLURM_LOCALID", 0) * share
+    return tuple(range(first, first + share))
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    """From the compressed list of tasks per node, as in `4(x2),3`."""
+    counts: list[int] = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+        counts += [int(count)] * int(repeats or 1)
+    node = _integer(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 1
+
+
+def _tpu_pod(env: Mapping[str, str]) -> Rendezvous | None:
     if "cpu" in env.get("JAX_PLATFORMS", "") and "GCE_METADATA_IP" not in env:
-        return False
-    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # no public name: jax keeps detection to itself
+        return None
+    from jax._src.clusters import cloud_tpu_cluster  # no public name: jax keeps detection to itself
 
-    try:
-        return bool(GceTpuCluster.is_env_present()) and int(GceTpuCluster.get_process_count()) > 1
-    except Exception as error:  # the metadata server of a VM that is not a TPU answers in many ways
-        logger.debug("no Cloud TPU here: %r", error)
-        return False
+    for source, name in (("Cloud TPU", "GceTpuCluster"), ("GKE TPU", "GkeTpuCluster")):
+        cluster = getattr(cloud_tpu_cluster, name)
+        try:
+            if cluster.is_env_present() and int(cluster.get_process_count()) > 1:
+                return Rendezvous(source)
+        except Exception as error:  # the metadata server of a VM that is not a TPU answers in many ways
+            logger.debug("no %s here: %r", source, error)
+    return None
 
 
 def initialize() -> None:
@@ -112,6 +150,8 @@ def initialize() -> None:
             num_processes=found.num_processes,
             process_id=found.process_id,
             local_device_ids=found.local_device_ids,
+            # What was given is complete; detection would only narrow the devices to one by a cluster's variables.
+            cluster_detection_method="deactivate" if found.coordinator else None,
             initialization_timeout=init_timeout,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -169,7 +209,7 @@ def exit_with_job() -> Iterator[None]:
 
     In a job of many processes, leaving normally would wait in jax's exit barrier for peers that are themselves waiting
     in a collective for this one (five minutes by default). A user's mistake is one line and exit code 2; a bug of ours
-    or a lost peer keeps its traceback and exit code 1.
+    or a lost peer keeps its traceback and exit code 1. Leaving with 0 or 75 is orderly, with the barrier.
     """
     try:
         yield

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jasmine.data.episodes import Episodes, open_dataset
 from jasmine.data.sampling import WindowSampler
 from jasmine.errors import EXIT_SAVED, UserError
+from jasmine.models.layers import unfused_attention
 from jasmine.training import distributed, run_files
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.config import TrainConfig
@@ -38,8 +39,13 @@ from jasmine.training.step import make_evaluation, make_update
 from jasmine.training.task import Batch, Keys, Metrics, Task
 
 STEPS_AHEAD = 2
-# Options that decide which examples and draws a step uses: changed on resume, the run is no longer the same function.
-INVARIANT_OPTIONS = ("seed", "batch_size", "seq_len", "data_dir", "num_steps", "max_lr")
+# Options that may differ between the attempts of a run; any other makes it another function of the step.
+FREE_OPTIONS = {
+    "data_dir", "val_data_dir", "ckpt_dir", "restore_ckpt", "num_workers", "stop_at_step", "mesh", "remat",
+    "use_flash_attention", "log", "tensorboard", "name", "project", "entity", "tags", "log_interval", "log_gradients",
+    "log_batch_checksum", "profile_steps", "log_checkpoint_interval", "log_checkpoint_keep_period", "keep_checkpoints",
+    "val_interval", "val_steps",
+}  # fmt: skip
 
 
 def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainConfig, job: str) -> None:
@@ -65,7 +71,7 @@ def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainC
     stop_signal.start()
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, mesh, config.grad_accumulation_steps)
-    run_files.prepare(run_dir)
+    lock = run_files.prepare(run_dir)
     _say(distributed.topology())
     _say(f"mesh {' × '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}; run directory {run_dir}")
     _say(
@@ -73,12 +79,12 @@ def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainC
         f"{'×'.join(map(str, dataset.frame_shape))}"
     )
     run = _Run(task, config, job, run_dir, mesh, dataset, val_dataset, stop_signal)
-    try:
-        run.restore_or_begin()
-        saved_by_signal = run.steps()
-    finally:
-        run.close()
-        stop_signal.close()
+    # Not closed after an error: its message must come out at once, and closing waits for sinks, saves and peers.
+    run.restore_or_begin()
+    saved_by_signal = run.steps()
+    run.close()
+    stop_signal.close()
+    lock.close()
     if saved_by_signal:
         sys.exit(EXIT_SAVED)
 
@@ -113,6 +119,9 @@ class _Run:
         self.task, self.config, self.job, self.run_dir, self.mesh = task, config, job, run_dir, mesh
         self.dataset, self.val_dataset, self.stop_signal = dataset, val_dataset, stop_signal
         self.rules = ShardingRules()
+        if config.dtype == "float32":
+            # Accelerators would multiply float32 in bfloat16 or TF32 by default; who asks for float32 compares curves.
+            jax.config.update("jax_default_matmul_precision", "highest")
         self.definition = ModelDefinition(task)
         self.optimizer = make_optimizer(config)
         self.abstract = abstract_state(self.definition, self.optimizer, mesh, self.rules, config.ema_decay > 0)
@@ -124,6 +133,7 @@ class _Run:
         self.log: MetricsLog | None = None
         self.compiled: Any = None
         self.flops = 0.0
+        self.tracing = False
 
     # --- beginning ---------------------------------------------------------------------------------------------
 
@@ -154,8 +164,8 @@ class _Run:
 
     def _warn_of_changes(self, before: dict[str, Any]) -> None:
         now = dataclasses.asdict(self.config)
-        for name in INVARIANT_OPTIONS:
-            if name in before and before[name] != now[name]:
+        for name in now.keys() & before.keys() - FREE_OPTIONS:
+            if before[name] != now[name]:
                 _say(f"warning: --{name} is {now[name]} but was {before[name]}: from here on it is another run's curve")
 
     def _compile(self, batch: Batch) -> None:
@@ -165,7 +175,8 @@ class _Run:
         elapsed = time.perf_counter() - begin
 
         def forward(params: Any, batch: Batch) -> Any:
-            return self.task.loss(self.definition.module(params), batch, Keys(jax.random.key(0)))
+            with unfused_attention():  # the fused kernel hides its products from the count
+                return self.task.loss(self.definition.module(params), batch, Keys(jax.random.key(0)))
 
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.state.params, batch))
         self.flops = model_flops(forward, *shapes)
@@ -193,17 +204,20 @@ class _Run:
         since_step, since_time, since_wait = self.step, time.perf_counter(), 0.0
         begun_at = self.step
         while self.step < last:
-            if self.stop_signal.reached(self.step):
-                self._leave()
-                return True
-            batch = next(feed)
+            batch = None
+            while batch is None:  # storage may stall; a signal must not wait for it
+                if self.stop_signal.reached(self.step):
+                    self._leave()
+                    return True
+                batch = feed.get(timeout=1.0)
             if self.compiled is None:
                 self._compile(batch)
                 if jax.process_count() > 1:  # else the first step's time is what the slowest process took to compile
                     multihost_utils.sync_global_devices("compiled")
                 since_time, since_wait = time.perf_counter(), feed.waited_seconds
-            if profile and self.step == profile[0]:
+            if profile and profile[0] <= self.step < profile[1] and not self.tracing:
                 jax.profiler.start_trace(str(self.run_dir / "profile"))
+                self.tracing = True
             # Nothing crosses to a device unasked in the hot path: a stray host scalar would stall every step.
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self.compiled(self.state, batch)
@@ -214,9 +228,10 @@ class _Run:
             if self.step == begun_at + 1:
                 jax.block_until_ready(metrics)
                 self._event("first_step", step=self.step)
-            if profile and self.step == profile[1]:
+            if profile and self.tracing and self.step == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
+                self.tracing = False
                 _say(f"profiler trace of steps {profile[0]} to {profile[1]} in {self.run_dir / 'profile'}")
 
             evaluates = self.val_dataset is not None and (self.step % config.val_interval == 0 or self.step == last)
@@ -312,6 +327,8 @@ class _Run:
             run_files.log_event(self.run_dir, event, **fields)
 
     def close(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
         if self.feed is not None:
             self.feed.close()
         if self.log is not None:

@@ -9,13 +9,16 @@ Cost in the hot path: one uncontended lock a step.
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
 from types import FrameType
+from typing import Any
 
 import jax
 
+from jasmine.errors import EXIT_FAILED, EXIT_SAVED
 from jasmine.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -34,19 +37,23 @@ class StopSignal:
         # The kernel's handler writes to this pipe even while the main thread is inside a long device call.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, _ignore)
         self._lock = threading.Lock()
         self._step = 0
         self._stop_at: int | None = None
         self._received = threading.Event()
+        self._started = threading.Event()
         self._closed = threading.Event()
         self.received_signal: str | None = None
         self._answering: threading.Thread | None = None
         threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
 
     def start(self) -> None:
-        """Begins to exchange with the peers; call it after `distributed.initialize`. A signal before that counts too."""
+        """Begins to exchange with the peers. Call it when the job has met: until then, with nothing to save, a signal ends
+        the process at once."""
+        self._started.set()
         if jax.process_count() == 1:
             return
         threading.Thread(target=self._announce, name="stop-announce", daemon=True).start()
@@ -62,7 +69,7 @@ class StopSignal:
             return self._stop_at is not None and step >= self._stop_at
 
     def close(self) -> None:
-        """Ends the threads and puts the process's signal handlers back. Call it on every process when its steps are done."""
+        """Ends the threads. Call it on every process when its steps are done; signals are ignored from then on."""
         self._closed.set()
         if self._answering is not None:
             # A thread that waits inside the coordination client while Python shuts down would abort the process.
@@ -72,9 +79,7 @@ class StopSignal:
                 client.key_value_set(f"{_KEY}/at/{jax.process_index()}", str(self._step), allow_overwrite=True)
                 client.key_value_set(_KEY, _END)
             self._answering.join(_POLL_SECONDS + 1)
-        signal.set_wakeup_fd(self._old_wakeup)
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
         self._writer.close()
 
     def _listen(self) -> None:
@@ -86,6 +91,9 @@ class StopSignal:
                 if number in SIGNALS:
                     self.received_signal = signal.Signals(number).name
                     self._received.set()
+                    if not self._started.is_set():
+                        print(f"{self.received_signal} before the job has met: nothing to save, leaving", flush=True)
+                        os._exit(EXIT_SAVED)
 
     def _announce(self) -> None:
         self._received.wait()
@@ -106,6 +114,15 @@ class StopSignal:
                     return
         if self._closed.is_set() or origin == _END:
             return
+        try:
+            self._agree(client, origin)
+        except Exception as error:
+            if not self._closed.is_set():
+                # Peers that have agreed will leave at their step; going on alone would hang in the next collective.
+                print(f"error: could not agree with the other processes on a step to stop at: {error}", flush=True)
+                os._exit(EXIT_FAILED)
+
+    def _agree(self, client: Any, origin: str) -> None:
         with self._lock:  # holds the loop at its next boundary until the stop is known
             client.key_value_set(f"{_KEY}/at/{jax.process_index()}", str(self._step), allow_overwrite=True)
             steps = [

@@ -3,7 +3,10 @@
 The launcher writes `run.json`, `attempts/` and more events; nothing here depends on it.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -39,19 +42,33 @@ def run_directory(config: TrainConfig) -> epath.Path:
     return epath.Path(chosen if "://" in chosen else os.path.abspath(os.path.expanduser(chosen)))
 
 
-def prepare(run_dir: epath.Path) -> None:
-    """Makes the run directory and checks that it can be written.
+def prepare(run_dir: epath.Path) -> contextlib.ExitStack:
+    """Makes the run directory, checks that it can be written, and takes it for this job.
+
+    Returns:
+        what holds the run directory, on a local disk, until it is closed or the process ends.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written, or another job is training in it.
     """
+    held = contextlib.ExitStack()
     probe = run_dir / f".write-test-{uuid.uuid4().hex}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
+        if jax.process_index() == 0 and "://" not in str(run_dir):
+            file = held.enter_context((run_dir / ".training.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another job is training in {run_dir}; wait for it, stop it, or name another folder"
+        ) from error
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
+            return held
         raise UserError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from error
+    return held
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
@@ -69,15 +86,6 @@ def write_config(run_dir: epath.Path, config: TrainConfig, job: str) -> None:
     """`config.json`: every option as it was used; what loads this run later reads the model's shape from it."""
     record = {"job": job, "config": dataclasses.asdict(config)}
     write_atomically(run_dir / "config.json", (json.dumps(record, indent=2) + "\n").encode())
-
-
-def read_config(run_dir: epath.Path) -> dict[str, Any] | None:
-    """What `write_config` wrote; None where there is none or it is broken."""
-    try:
-        record = json.loads((run_dir / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else None
 
 
 class JsonLines:

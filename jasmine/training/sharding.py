@@ -22,7 +22,7 @@ MeshAxes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis -> mesh axes. A logical axis that is absent here, or None in an array, is never split.
+    """Logical axis -> mesh axes. An axis that is None in an array is never split; names that are not here are refused.
 
     `batch` is split over data *and* fsdp: FSDP is data parallelism whose parameters are split as well. `embed` carries
     FSDP because every large matrix has it on one side; `mlp` and `heads` carry tensor parallelism because the pairs

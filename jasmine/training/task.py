@@ -1,7 +1,6 @@
 """What a baseline hands to the training loop: how to build the model, its loss, and its evaluation. No more."""
 
 import zlib
-from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +12,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-class Keys(Mapping[str, jax.Array]):
+class Keys:
     """Random keys by purpose (`dropout`, `mask`, `noise` …), all from the one key of a step.
 
     A purpose's key depends on its name alone, so adding a purpose to a model leaves the draws of the others as they were.
@@ -24,12 +23,6 @@ class Keys(Mapping[str, jax.Array]):
 
     def __getitem__(self, purpose: str) -> jax.Array:
         return jax.random.fold_in(self.key, zlib.crc32(purpose.encode()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 class Task(Protocol):

@@ -1,5 +1,6 @@
 """A user's mistake costs one line and an exit code, and harms nothing."""
 
+import fcntl
 import os
 import shutil
 import stat
@@ -31,9 +32,10 @@ def refused(args, run_dir=None, **options) -> str:
         (["--seq_len", "40"], "longer than every episode"),
         (["--num_heads", "3"], "--model_dim=16 is not a multiple of --num_heads=3"),
         (["--batchsize", "8"], "unknown option --batchsize; did you mean --batch_size?"),
-        (["--stop_at_step", "50"], "--stop_at_step=50 is past the end, --num_steps=40"),
+        (["--stop_at_step", "50"], "--stop_at_step=50 is not between 0 and the end, --num_steps=40"),
         (["--mesh.fsdp", "3"], "3 does not divide the 4 devices"),
         (["--profile_steps", "9"], "expected a:b with a < b"),
+        (["--lr_schedule", "cos", "--warmup_steps", "40"], "leaves none of --num_steps=40 for the cosine"),
         (["--log_interval", "0"], "--log_interval=0: must be at least 1"),
     ],
 )
@@ -89,6 +91,15 @@ def test_resume_with_another_model_names_the_parameter_and_both_shapes(tiny_data
     assert jobs.checkpoints(run_dir) == [10]
     changed = jobs.run([*args, "--stop_at_step", "11", "--seed", "5"])
     assert "warning: --seed is 5 but was 0" in changed.output()
+
+
+def test_folder_in_which_another_job_trains(tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / ".training.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = refused([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], run_dir)
+    assert f"another job is training in {run_dir}" in line
 
 
 def test_incomplete_rendezvous_is_named(tiny_data, tmp_path):

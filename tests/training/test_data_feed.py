@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from jasmine.training.config import TrainConfig
 from jasmine.training.data_feed import DataFeed
 from jasmine.training.mesh import MeshConfig, make_mesh
 from jasmine.training.sharding import ShardingRules
+from tests import jobs
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +48,15 @@ def test_an_error_of_the_pipeline_reaches_the_loop(dataset, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         next(feed)
     feed.close()
+
+
+def test_worker_processes_give_the_same_batches_and_end_with_the_feed(dataset):
+    config = TrainConfig(data_dir="unused", batch_size=8, seq_len=4, num_workers=2)
+    feed = DataFeed(dataset, config, make_mesh(MeshConfig()), ShardingRules(), seed=3)
+    try:
+        videos, _ = dataset.read_windows(*WindowSampler(dataset.lengths, 4, 3).windows(0, 8), 4)
+        np.testing.assert_array_equal(next(feed)["videos"], videos)
+        assert len(multiprocessing.active_children()) >= 2
+    finally:
+        feed.close()
+    jobs.wait_until(lambda: not multiprocessing.active_children(), 30, "the workers to end")

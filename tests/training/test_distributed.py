@@ -30,7 +30,50 @@ def test_torchrun_variables():
         find_rendezvous(env)
 
 
-def test_slurm_step_is_left_to_jax():
-    found = find_rendezvous({"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "1",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_NODEID": "0",
+}
+
+
+def test_slurm_step_is_left_to_jax_but_not_the_batch_script_around_it():
+    found = find_rendezvous(SLURM)
     assert found.source == "Slurm step"
     assert found.coordinator is None
+    assert find_rendezvous({name: value for name, value in SLURM.items() if "STEP" not in name}) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "devices"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_STEP_TASKS_PER_NODE": "1(x6)"}, (0, 1, 2, 3, 4, 5, 6, 7)),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_LOCALID": "3"}, (3,)),
+        (
+            {"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"},
+            (2, 3),
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "5", "SLURM_STEP_TASKS_PER_NODE": "3(x2)", "SLURM_LOCALID": "2"}, (0,)),
+        ({"SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_a_slurm_task_takes_all_gpus_that_are_its_own(extra, devices):
+    assert find_rendezvous(SLURM | extra).local_device_ids == devices
+
+
+def test_gke_pod_is_found(monkeypatch):
+    from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
+
+    monkeypatch.setattr(GkeTpuCluster, "is_env_present", classmethod(lambda _: True))
+    monkeypatch.setattr(GkeTpuCluster, "get_process_count", classmethod(lambda _: 4))
+    assert find_rendezvous({}).source == "GKE TPU"
+    monkeypatch.setattr(GkeTpuCluster, "get_process_count", classmethod(lambda _: 1))
+    assert find_rendezvous({}) is None
+
+
+def test_numbers_that_are_none_are_named():
+    with pytest.raises(UserError, match="WORLD_SIZE='two'"):
+        find_rendezvous({"RANK": "0", "WORLD_SIZE": "two"})

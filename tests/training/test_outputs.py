@@ -78,6 +78,14 @@ def test_profile_and_events(full_run):
 
 
 @pytest.mark.slow
+def test_profile_window_that_a_stop_falls_into(tiny_data, tmp_path):
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(tmp_path / "run"), "--profile_steps", "3:6"]
+    jobs.run([*args, "--stop_at_step", "4"])
+    resumed = jobs.run([*args, "--stop_at_step", "8"])
+    assert "profiler trace of steps 3 to 6" in resumed.output()
+
+
+@pytest.mark.slow
 def test_curves_are_drawn(full_run, tmp_path):
     from etils import epath
 

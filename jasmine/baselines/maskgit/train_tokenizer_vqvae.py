@@ -31,7 +31,7 @@ from jasmine.training.task import Batch, Keys, Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Config(TrainConfig):
-    """Options of the VQ-VAE tokenizer. Defaults are the published Jasmine's."""
+    """Options of the VQ-VAE tokenizer. Defaults are the published Jasmine's; `vq_revival` is ours."""
 
     model_dim: int = 512
     """Width of the transformers."""
