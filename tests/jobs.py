@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -39,12 +40,18 @@ class Job:
 
     def finish(self, timeout: float = 240) -> list[int]:
         deadline = time.monotonic() + timeout
+        codes = []
         try:
-            codes = [process.wait(max(1, deadline - time.monotonic())) for process in self.processes]
-        finally:
             for process in self.processes:
-                if process.poll() is None:
-                    process.kill()
+                codes.append(process.wait(max(1, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.send_signal(signal.SIGABRT)  # prints the stacks of its threads
+                process.wait()
+            for reader in self.readers:
+                reader.join(10)
+            logs = "\n---\n".join(self.output(index) for index in range(len(self.processes)))
+            raise AssertionError(f"still running after {timeout} s:\n{logs}") from None
         for reader in self.readers:
             reader.join(10)
         return codes
@@ -64,7 +71,7 @@ def start(
     """Starts `processes` processes with `devices` CPU devices each, joined by an explicit coordinator."""
     base = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_", "XLA_"))}
     base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JASMINE_HEARTBEAT_TIMEOUT": "20"}
-    base |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPO)}
+    base |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(REPO)}
     if processes > 1:
         base |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     job = Job([], [], [])

@@ -216,7 +216,10 @@ class _Run:
                     multihost_utils.sync_global_devices("compiled")
                 since_time, since_wait = time.perf_counter(), feed.waited_seconds
             if profile and profile[0] <= self.step < profile[1] and not self.tracing:
-                jax.profiler.start_trace(str(self.run_dir / "profile"))
+                # Without Python's frames: their hook kills threads that start meanwhile, such as those of a save.
+                profiler = jax.profiler.ProfileOptions()
+                profiler.python_tracer_level = 0
+                jax.profiler.start_trace(str(self.run_dir / "profile"), profiler_options=profiler)
                 self.tracing = True
             # Nothing crosses to a device unasked in the hot path: a stray host scalar would stall every step.
             with jax.transfer_guard("disallow"):
