@@ -132,7 +132,10 @@ def write_data(root: Path, num_episodes: int) -> tuple[str, list[str]]:
 
 def measure(contenders: list[Contender], repeats: int, seconds: float) -> dict[str, Figures]:
     """Opens all, then goes round them `repeats` times, `seconds` of batches each."""
-    iterators, first, wall, cpu = {}, {}, {}, {}  # type: ignore[var-annotated]
+    iterators: dict[str, Iterator[Any]] = {}
+    first: dict[str, float] = {}
+    wall: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for contender in contenders:
         began = time.perf_counter()
         iterators[contender.name] = contender.open()

@@ -65,10 +65,10 @@ def find_rendezvous(env: Mapping[str, str]) -> Rendezvous | None:
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    value = env.get(name, default)
+    value = env.get(name, str(default))
     try:
-        return int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        return int(value)
+    except ValueError:
         raise UserError(f"the environment has {name}={value!r}; expected a whole number") from None
 
 
