@@ -17,11 +17,12 @@ import time
 import jax
 from etils import epath
 
-from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, TokenizerTask
+from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, Task
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.mesh import make_mesh
 from jasmine.training.optimizer import make_optimizer
 from jasmine.training.sharding import ShardingRules
+from jasmine.training.task import DataInfo
 from jasmine.training.state import ModelDefinition, abstract_state, initial_state
 
 SMALL = Config(data_dir="unused", model_dim=128, ffn_dim=512, num_blocks=2)
@@ -31,7 +32,7 @@ DEFAULT = Config(data_dir="unused")
 def measure(config: Config, saves: int) -> dict[str, float]:
     """Figures of one shape."""
     mesh = make_mesh(config.mesh)
-    task = TokenizerTask(config, (64, 64, 3))
+    task = Task(config, DataInfo((64, 64, 3)))
     definition, optimizer = ModelDefinition(task), make_optimizer(config)
     abstract = abstract_state(definition, optimizer, mesh, ShardingRules(), ema=False)
     state = jax.block_until_ready(initial_state(task, definition, optimizer, abstract))

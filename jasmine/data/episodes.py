@@ -275,6 +275,27 @@ class EpisodeWriter:
         if len(self._lengths) >= self._episodes_per_shard or self._payload_bytes >= self._shard_bytes:
             self._finish_shard(complete=False)
 
+    def adopt(self, parts: Sequence[str | os.PathLike[str]]) -> None:
+        """Makes the shards of other, finished splits, in their order, those of this one, which has none; moves the files.
+
+        So parallel processes write one split: each some parts of it, and one of them adopts all. Interrupted, the same
+        call goes on.
+
+        Args:
+            parts: folders on the same file system; their settings must be those of this writer.
+        """
+        shards: list[Shard] = []
+        with self._storage_errors():
+            for part in parts:
+                for shard in read_index(part).shards:
+                    name = _shard_name(len(shards))
+                    if os.path.exists(os.path.join(part, shard.file)):  # else it was moved before an interruption
+                        os.replace(os.path.join(part, shard.file), os.path.join(self.split_dir, name))
+                    shards.append(replace(shard, file=name))
+            index = replace(self.index, shards=tuple(shards))
+            write_index(self.split_dir, index)
+        self.index = index
+
     def __enter__(self) -> Self:
         return self
 
@@ -302,7 +323,7 @@ class EpisodeWriter:
             ) from error
 
     def _shard_path(self) -> str:
-        return os.path.join(self.split_dir, f"shard-{len(self.index.shards):05d}.array_record")
+        return os.path.join(self.split_dir, _shard_name(len(self.index.shards)))
 
     def _finish_shard(self, *, complete: bool) -> None:
         shards = self.index.shards
@@ -574,6 +595,10 @@ def _decode_image(index: Index, encoded: bytes, frame: np.ndarray) -> None:
     if pixels.size != frame.size or pixels.shape[:2] != frame.shape[:2]:
         raise _BadPayloadError(f"image of {pixels.shape[:2]}, not of {frame.shape[:2]}")
     frame[:] = pixels.reshape(frame.shape)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.array_record"
 
 
 def _checked_quality(encoding: Encoding, quality: int | None) -> int | None:

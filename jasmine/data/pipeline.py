@@ -23,10 +23,13 @@ from absl import flags
 
 from jasmine.data.episodes import Episodes
 from jasmine.data.records import WindowId
-from jasmine.data.sampling import WindowSampler
+from jasmine.data.sampling import WindowSampler, permute
+from jasmine.data.tokens import TokenDataset
+from jasmine.errors import UserError
 
 _CLUSTER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 _ENDLESS = 2**60
+_LOTS = 2**62
 
 
 class BatchIterator(Protocol):
@@ -40,7 +43,7 @@ class BatchIterator(Protocol):
 
 
 def batches(
-    dataset: Episodes,
+    dataset: Episodes | TokenDataset,
     *,
     seq_len: int,
     batch_size: int,
@@ -50,14 +53,15 @@ def batches(
     num_workers: int = 0,
     num_threads: int = 4,
     prefetch: int = 4,
+    label_fraction: float = 1.0,
 ) -> BatchIterator:
     """The batches of steps `start_step`, `start_step + 1`, … without end.
 
     Args:
-        dataset: an opened split.
+        dataset: an opened split, of frames or of tokens.
         seq_len: frames in a window.
         batch_size: windows in the global batch, over all processes.
-        seed: of the order of windows.
+        seed: of the order of windows, and of which episodes are labelled.
         rows: the share of the global batch that this process reads, a slice or sorted row numbers; None for all of it.
         start_step: the step of the first batch.
         num_workers: worker processes that read; 0 reads in this process. The program's main module must then be
@@ -65,16 +69,25 @@ def batches(
         num_threads: threads that read, in each process; 0 reads when a batch is asked for. More threads hide the
             latency of slow storage; one is enough for the page cache.
         prefetch: batches to have ready.
+        label_fraction: the share of episodes whose actions may be used; below 1, batches say which do (`is_labelled`).
 
     Returns:
-        An iterator over {"videos": uint8 (b, seq_len, H, W, C)} and, where the dataset has actions, {"actions": int32
-        (b, seq_len, *action_shape)}, b the number of rows.
+        An iterator over {"videos": uint8 (b, seq_len, H, W, C)}, b the number of rows; where the dataset has actions,
+        {"actions": int32 (b, seq_len, *action_shape)}; with a `label_fraction` below 1, {"labelled": bool (b,)}. Of a
+        token dataset there are no videos, but what `TokenDataset.read_windows` returns.
 
     Raises:
-        UserError: no episode is as long as a window. Iterating raises it for data that turns out damaged.
+        UserError: no episode is as long as a window, tokens are of windows of another length, or an option is out of
+            range. Iterating raises it for data that turns out damaged.
     """
+    if not 0 <= label_fraction <= 1:
+        raise UserError(f"--label_fraction={label_fraction}: give a share of the episodes, from 0 to 1")
+    if isinstance(dataset, TokenDataset):
+        dataset.check_seq_len(seq_len)
     sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path)
-    source = _StepSource(dataset, sampler, batch_size, slice(None) if rows is None else rows, start_step)
+    source = _StepSource(
+        dataset, sampler, batch_size, slice(None) if rows is None else rows, start_step, label_fraction
+    )
     ahead = max(1, prefetch // max(1, num_workers))
     read_options = grain.ReadOptions(
         num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead if num_threads else 0
@@ -88,7 +101,26 @@ def batches(
     return _WorkerBatches(iter(pipeline.mp_prefetch(workers, worker_init_fn=_die_with_parent)))
 
 
-def record_ids(dataset: Episodes, *, seq_len: int, batch_size: int, seed: int, step: int) -> list[WindowId]:
+def is_labelled(dataset: Episodes | TokenDataset, episodes: np.ndarray, *, seed: int, fraction: float) -> np.ndarray:
+    """Whether the actions of episodes may be used in training: bool (B,). About a share of `fraction` may.
+
+    A function of the seed and of which episode of the source it is, so frames and their tokens agree, and a larger
+    fraction only adds episodes.
+
+    Args:
+        dataset: an opened split, of frames or of tokens.
+        episodes: int64 (B,), as `dataset` counts them.
+        seed: any integer.
+        fraction: 0 to 1.
+    """
+    ids = dataset.episode_ids[episodes] if isinstance(dataset, TokenDataset) else episodes
+    no_epoch = np.full_like(ids, -1)  # so that the draws are others than those of the order of windows
+    return permute(ids, no_epoch, _LOTS, seed) < fraction * _LOTS
+
+
+def record_ids(
+    dataset: Episodes | TokenDataset, *, seq_len: int, batch_size: int, seed: int, step: int
+) -> list[WindowId]:
     """Where the windows of the global batch of `step` lie, in order: what to look at when that step goes wrong."""
     episodes, starts = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path).windows(step, batch_size)
     return [dataset.locate(int(episode), int(start)) for episode, start in zip(episodes, starts, strict=True)]
@@ -127,19 +159,29 @@ class _WorkerBatches:
 class _StepSource:
     """Grain's random-access source: element i is the local batch of step `start_step + i`."""
 
-    dataset: Episodes
+    dataset: Episodes | TokenDataset
     sampler: WindowSampler
     batch_size: int
     rows: slice | np.ndarray
     start_step: int
+    label_fraction: float
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         episodes, starts = self.sampler.windows(self.start_step + index, self.batch_size)
-        videos, actions = self.dataset.read_windows(episodes[self.rows], starts[self.rows], self.sampler.seq_len)
-        return {"videos": videos} if actions is None else {"videos": videos, "actions": actions}
+        episodes, starts = episodes[self.rows], starts[self.rows]
+        read = self.dataset.read_windows(episodes, starts, self.sampler.seq_len)
+        if isinstance(read, dict):
+            batch = read
+        else:
+            videos, actions = read
+            batch = {"videos": videos} if actions is None else {"videos": videos, "actions": actions}
+        if self.label_fraction < 1:
+            seed, fraction = self.sampler.seed, self.label_fraction
+            batch["labelled"] = is_labelled(self.dataset, episodes, seed=seed, fraction=fraction)
+        return batch
 
 
 def _die_with_parent(_worker: int, _num_workers: int) -> None:

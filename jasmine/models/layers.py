@@ -76,6 +76,29 @@ class LayerNorm(nnx.Module):
         return (x - mean) * jax.lax.rsqrt(variance + 1e-6) * self.scale[...] + self.bias[...]
 
 
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis (arXiv 1910.07467), computed and returned in float32."""
+
+    def __init__(self, size: int, *, logical: str | None):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), logical=(logical,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * self.scale[...]
+
+
+class Embedding(nnx.Module):
+    """A learned vector for each of `num` indices; normal with a standard deviation of 0.02 or as given."""
+
+    def __init__(self, num: int, size: int, *, logical: str | None, rngs: nnx.Rngs, std: float = 0.02):
+        table = std * jax.random.normal(rngs.params(), (num, size), jnp.float32)
+        self.table = nnx.Param(table, logical=(None, logical))
+
+    def __call__(self, index_X: jax.Array) -> jax.Array:
+        """int32 indices (X) -> float32 (X, size)."""
+        return self.table[...][index_X]
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; with `key` None (evaluation) or rate 0 the identity."""
     if key is None or rate == 0.0:
@@ -116,16 +139,58 @@ def _has_fused_attention() -> bool:
     return float(device.compute_capability) >= 8.0
 
 
-def attention(q_XLHD: jax.Array, k_XSHD: jax.Array, v_XSHD: jax.Array, *, causal: bool, flash: bool) -> jax.Array:
-    """Scaled dot-product attention.
+def rotate(x_XLHD: jax.Array, place_XL: jax.Array) -> jax.Array:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, section 3.2): turns pairs of features by angles that grow with
+    the place, so that a product of two rotated vectors depends on the distance of their places only.
 
-    X: any number of leading axes · L: queries · S: keys · H: heads · D: size of a head. On a recent NVIDIA GPU, in bfloat16
-    or float16 and with head sizes that it takes, `flash` selects cuDNN's fused kernel, which needs no padding of L or S;
-    else XLA's.
+    Args:
+        x_XLHD: queries or keys, D even.
+        place_XL: int32 places, broadcastable to the leading axes of x and L.
     """
-    lead = q_XLHD.shape[:-3]
-    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q_XLHD, k_XSHD, v_XSHD))
-    takes = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    fused = flash and takes and _fused_allowed.get() and _has_fused_attention()
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
-    return out.reshape(*lead, *out.shape[-3:])
+    half = x_XLHD.shape[-1] // 2
+    frequency_D = np.exp(np.arange(half, dtype=np.float32) * (-math.log(10_000.0) / half))
+    angle_XL1D = place_XL[..., None, None].astype(jnp.float32) * frequency_D
+    cos, sin = jnp.cos(angle_XL1D), jnp.sin(angle_XL1D)
+    first, second = jnp.split(x_XLHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_XLHD.dtype)
+
+
+def attention(
+    q_XLHD: jax.Array,
+    k_XSGD: jax.Array,
+    v_XSGD: jax.Array,
+    *,
+    causal: bool = False,
+    mask_XLS: jax.Array | None = None,
+    soft_cap: float = 0.0,
+    flash: bool = False,
+) -> jax.Array:
+    """Scaled dot-product attention, (X, L, H, D) in the dtype of q.
+
+    X: any number of leading axes · L: queries · S: keys · H: heads · G: heads of keys and values, which divide H
+    (grouped queries, arXiv 2305.13245) · D: size of a head.
+
+    Args:
+        causal: query l sees keys up to l.
+        mask_XLS: True where a query sees a key; broadcastable. Not together with `causal`.
+        soft_cap: logits are bent to stay within this by tanh (Gemma 2, arXiv 2408.00118, section 2); 0: not.
+        flash: on a recent NVIDIA GPU, in bfloat16 or float16 and with head sizes that it takes, use cuDNN's fused kernel,
+            which needs no padding of L or S; else XLA's products.
+    """
+    takes = q_XLHD.dtype in (jnp.bfloat16, jnp.float16) and q_XLHD.shape[-1] % 8 == 0 and q_XLHD.shape[-1] <= 128
+    if flash and takes and mask_XLS is None and not soft_cap and _fused_allowed.get() and _has_fused_attention():
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q_XLHD, k_XSGD, v_XSGD))
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return out.reshape(*q_XLHD.shape[:-3], *out.shape[-3:])
+    *lead, L, H, D = q_XLHD.shape
+    S, G = k_XSGD.shape[-3:-1]
+    q_XLGRD = q_XLHD.reshape(*lead, L, G, H // G, D)
+    logits = jnp.einsum("...lgrd,...sgd->...grls", q_XLGRD, k_XSGD, preferred_element_type=jnp.float32) / math.sqrt(D)
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if causal:
+        mask_XLS = jnp.tri(L, S, dtype=bool)
+    if mask_XLS is not None:
+        logits = jnp.where(mask_XLS[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_XSGD.dtype)
+    return jnp.einsum("...grls,...sgd->...lgrd", weights, v_XSGD).reshape(q_XLHD.shape)

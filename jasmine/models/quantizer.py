@@ -33,6 +33,12 @@ class Quantized:
     encoded_XL: jax.Array
     index_X: jax.Array
 
+    def losses(self) -> tuple[jax.Array, jax.Array]:
+        """The codebook's and the commitment loss (arXiv 1711.00937, equation 3), as means over all elements."""
+        codebook = jnp.square(jax.lax.stop_gradient(self.encoded_XL) - self.code_XL).mean()
+        commitment = jnp.square(self.encoded_XL - jax.lax.stop_gradient(self.code_XL)).mean()
+        return codebook, commitment
+
 
 class VectorQuantizer(nnx.Module):
     """Replaces each vector by the code of largest cosine similarity."""

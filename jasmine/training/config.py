@@ -12,6 +12,15 @@ from jasmine.training.mesh import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class FrozenRun:
+    """A trained part that a run builds on: the option that names it, the run, and the jobs that make such a part."""
+
+    option: str
+    run: str
+    jobs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Data, schedule, parallelism, logging and checkpoints of a training run."""
 
@@ -109,6 +118,14 @@ class TrainConfig:
     """Steps between evaluations."""
     val_steps: int = 50
     """Batches of an evaluation."""
+
+    def frozen_runs(self) -> dict[str, FrozenRun]:
+        """The trained parts that this run builds on, by name."""
+        return {}
+
+    def labelled_share(self) -> float:
+        """The share of episodes whose actions training may see."""
+        return 1.0
 
     def resolved_warmup(self) -> int:
         """Warm-up in steps, with the default filled in."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jasmine.data.episodes import Episodes
 from jasmine.data.pipeline import batches
+from jasmine.data.tokens import TokenDataset
 from jasmine.training.config import TrainConfig
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.task import Batch
@@ -29,7 +30,7 @@ class DataFeed:
 
     def __init__(
         self,
-        dataset: Episodes,
+        dataset: Episodes | TokenDataset,
         config: TrainConfig,
         mesh: Mesh,
         rules: ShardingRules,
@@ -53,6 +54,7 @@ class DataFeed:
             rows=self._rows,
             start_step=start_step,
             num_workers=config.num_workers,
+            label_fraction=config.labelled_share(),
         )
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(DEVICE_BATCHES_AHEAD)
         self._closed = threading.Event()

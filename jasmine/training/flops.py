@@ -6,6 +6,11 @@ from typing import Any
 
 import jax
 
+from jasmine.models.layers import unfused_attention
+from jasmine.training.state import ModelDefinition
+from jasmine.training.step import FrozenParams, frozen_modules
+from jasmine.training.task import BaseTask, Batch, Keys
+
 # Peak dense bfloat16 FLOP/s of one device, by the start of jax's `device_kind`; longer names first. Vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
@@ -27,13 +32,29 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
 
 
-def model_flops(forward: Callable, *args: Any) -> float:
-    """FLOPs of the matrix products of one update: three times those of `forward(*args)`, as usual for MFU (one forward
-    pass, and two products for each in the backward pass; recomputation does not count).
+def step_flops(task: BaseTask, definition: ModelDefinition, frozen: FrozenParams, batch: Batch) -> float:
+    """FLOPs of the matrix products of one update: those of the frozen parts, and three times those of the loss, as usual for
+    MFU (one forward pass, and two products for each in the backward pass; recomputation does not count).
 
     Counted from the traced program and not by the compiler, whose count leaves out the repeats of a scan.
     """
-    return 3.0 * _count(jax.make_jaxpr(forward)(*args).jaxpr)
+
+    def prepare(frozen: FrozenParams, batch: Batch) -> Batch:
+        return task.prepare(frozen_modules(task, frozen), batch)
+
+    def loss(params: Any, batch: Batch) -> Any:
+        return task.loss(definition.module(params), batch, Keys(jax.random.key(0)))
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, batch))
+    with unfused_attention():  # the fused kernel hides its products from the count
+        return product_flops(prepare, *shapes) + 3 * product_flops(
+            loss, definition.shapes, jax.eval_shape(prepare, *shapes)
+        )
+
+
+def product_flops(function: Callable, *args: Any) -> float:
+    """FLOPs of the matrix products that a traced function asks for."""
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _count(jaxpr: Any) -> float:

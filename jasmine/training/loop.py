@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,23 +20,24 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jasmine.data.episodes import Episodes, open_dataset
+from jasmine.data.episodes import Episodes
 from jasmine.data.sampling import WindowSampler
+from jasmine.data.tokens import TokenDataset, open_training_data
 from jasmine.errors import EXIT_SAVED, UserError
-from jasmine.models.layers import unfused_attention
 from jasmine.training import distributed, run_files
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.config import TrainConfig
 from jasmine.training.data_feed import DataFeed
-from jasmine.training.flops import model_flops, peak_flops
+from jasmine.training.flops import peak_flops, step_flops
 from jasmine.training.mesh import check_batch, make_mesh
 from jasmine.training.metrics import MetricsLog
 from jasmine.training.optimizer import make_optimizer
 from jasmine.training.preemption import StopSignal
+from jasmine.training.runs import TrainedRun, frozen_parts, pin
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, TrainState, abstract_state, initial_state
-from jasmine.training.step import make_evaluation, make_update
-from jasmine.training.task import Batch, Keys, Metrics, Task
+from jasmine.training.step import FrozenParams, make_evaluation, make_update
+from jasmine.training.task import BaseTask, Batch, DataInfo, Metrics
 
 STEPS_AHEAD = 2
 # Options that may differ between the attempts of a run; any other makes it another function of the step.
@@ -48,11 +49,13 @@ FREE_OPTIONS = {
 }  # fmt: skip
 
 
-def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainConfig, job: str) -> None:
+def train(
+    make_task: Callable[[Any, DataInfo, Mapping[str, TrainedRun]], BaseTask], config: TrainConfig, job: str
+) -> None:
     """Trains until `num_steps` (or `stop_at_step`), or until a signal asks to save and leave.
 
     Args:
-        make_task: from the config and the data's frame shape (H, W, C) to the task.
+        make_task: from the config, what the data is and the frozen parts to the task; a baseline's `Task`.
         job: the baseline's name, for records.
 
     Raises:
@@ -64,7 +67,7 @@ def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainC
     run_dir = run_files.run_directory(config)
     dataset = _open(config.data_dir, "train", config)
     val_dataset = _open(config.val_data_dir, "val", config) if config.val_data_dir else None
-    task = make_task(config, dataset.frame_shape)
+    task = make_task(config, DataInfo.of(dataset), frozen_parts(config, run_dir))
     task.check()
 
     distributed.initialize()
@@ -76,7 +79,7 @@ def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainC
     _say(f"mesh {' × '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}; run directory {run_dir}")
     _say(
         f"data {config.data_dir}: {len(dataset.lengths):,} episodes, {dataset.num_frames:,} frames of "
-        f"{'×'.join(map(str, dataset.frame_shape))}"
+        f"{'×'.join(map(str, dataset.frame_shape))}{', as tokens' if isinstance(dataset, TokenDataset) else ''}"
     )
     run = _Run(task, config, job, run_dir, mesh, dataset, val_dataset, stop_signal)
     # Not closed after an error: its message must come out at once, and closing waits for sinks, saves and peers.
@@ -89,10 +92,12 @@ def train(make_task: Callable[[Any, tuple[int, int, int]], Task], config: TrainC
         sys.exit(EXIT_SAVED)
 
 
-def _open(path: str, split: str, config: TrainConfig) -> Episodes:
+def _open(path: str, split: str, config: TrainConfig) -> Episodes | TokenDataset:
     height, width, channels = config.image_height, config.image_width, config.image_channels
     shape = (height, width, channels) if height and width and channels else None
-    dataset = open_dataset(path, split, frame_shape=shape)
+    dataset = open_training_data(path, split, frame_shape=shape)
+    if isinstance(dataset, TokenDataset):
+        dataset.check_seq_len(config.seq_len)
     WindowSampler(dataset.lengths, config.seq_len, config.seed, source=path)  # refuses clips longer than every episode
     return dataset
 
@@ -107,13 +112,13 @@ class _Run:
 
     def __init__(
         self,
-        task: Task,
+        task: BaseTask,
         config: TrainConfig,
         job: str,
         run_dir: epath.Path,
         mesh: Mesh,
-        dataset: Episodes,
-        val_dataset: Episodes | None,
+        dataset: Episodes | TokenDataset,
+        val_dataset: Episodes | TokenDataset | None,
         stop_signal: StopSignal,
     ):
         self.task, self.config, self.job, self.run_dir, self.mesh = task, config, job, run_dir, mesh
@@ -128,6 +133,7 @@ class _Run:
         self.checkpoints = Checkpointer(run_dir / "checkpoints", config)
         self.evaluate = make_evaluation(task, self.definition, mesh, self.rules)
         self.state: TrainState
+        self.frozen: FrozenParams = {}
         self.step = 0
         self.feed: DataFeed | None = None
         self.log: MetricsLog | None = None
@@ -146,6 +152,9 @@ class _Run:
                 f"{self.run_dir} holds checkpoints (newest: step {self.checkpoints.steps()[-1]}) and --no-restore_ckpt would "
                 f"train over them; name another folder, or leave the flag out to go on"
             )
+        for name, part in self.task.frozen.items():
+            _say(f"{name}: step {part.step} of {part.path} ({part.job})")
+            self.frozen[name] = pin(self.run_dir, name, part, self.mesh, self.rules)
         restored = self.checkpoints.restore(self.abstract)
         if restored is None:
             self.state = initial_state(self.task, self.definition, self.optimizer, self.abstract)
@@ -155,7 +164,7 @@ class _Run:
             self._warn_of_changes(restored.meta.get("config", {}))
         if jax.process_index() == 0:
             run_files.rewind_metrics(self.run_dir, self.step)
-            run_files.write_config(self.run_dir, config, self.job)
+            run_files.write_config(self.run_dir, config, self.job, self.task.data)
         topology = {"mesh": dict(self.mesh.shape), "processes": jax.process_count(), "devices": self.mesh.size}
         self._event("resumed" if restored else "started", step=self.step, **topology)
         _say(f"resumed from the checkpoint of step {self.step}" if restored else "starting from step 0")
@@ -171,15 +180,9 @@ class _Run:
     def _compile(self, batch: Batch) -> None:
         begin = time.perf_counter()
         update = make_update(self.task, self.definition, self.optimizer, self.mesh, self.rules, self.abstract)
-        self.compiled = update.lower(self.state, batch).compile()
+        self.compiled = update.lower(self.state, self.frozen, batch).compile()
         elapsed = time.perf_counter() - begin
-
-        def forward(params: Any, batch: Batch) -> Any:
-            with unfused_attention():  # the fused kernel hides its products from the count
-                return self.task.loss(self.definition.module(params), batch, Keys(jax.random.key(0)))
-
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.state.params, batch))
-        self.flops = model_flops(forward, *shapes)
+        self.flops = step_flops(self.task, self.definition, self.frozen, batch)
         memory = self.compiled.memory_analysis()
         total = sum(
             getattr(memory, f"{kind}_size_in_bytes", 0) * sign
@@ -223,7 +226,7 @@ class _Run:
                 self.tracing = True
             # Nothing crosses to a device unasked in the hot path: a stray host scalar would stall every step.
             with jax.transfer_guard("disallow"):
-                self.state, metrics = self.compiled(self.state, batch)
+                self.state, metrics = self.compiled(self.state, self.frozen, batch)
             self.step += 1
             in_flight.append(metrics["loss"])
             if len(in_flight) > STEPS_AHEAD:
@@ -280,7 +283,7 @@ class _Run:
         try:
             for index in range(count):
                 key = jax.random.fold_in(jax.random.key(config.seed), index)
-                metrics, media = self.evaluate(params, next(val_feed), key)
+                metrics, media = self.evaluate(params, self.frozen, next(val_feed), key)
                 collected.append(metrics)
                 pictures = pictures or media
         finally:

@@ -82,9 +82,10 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_config(run_dir: epath.Path, config: TrainConfig, job: str) -> None:
-    """`config.json`: every option as it was used; what loads this run later reads the model's shape from it."""
-    record = {"job": job, "config": dataclasses.asdict(config)}
+def write_config(run_dir: epath.Path, config: TrainConfig, job: str, data: Any) -> None:
+    """`config.json`: every option as it was used, and what the data was (a dataclass); what opens this run later
+    (`jasmine.training.runs`) builds the model from it."""
+    record = {"job": job, "config": dataclasses.asdict(config), "data": dataclasses.asdict(data)}
     write_atomically(run_dir / "config.json", (json.dumps(record, indent=2) + "\n").encode())
 
 

@@ -104,13 +104,12 @@ def tree_shardings(shapes: Any, logical: Mapping[str, Any], mesh: Mesh, rules: S
 
     Args:
         shapes: nested dict of `jax.ShapeDtypeStruct`.
-        logical: the same nesting, with a tuple of logical axes for each leaf. A leaf with one axis more than its tuple
-            is a stack of layers: `layers` is put in front.
+        logical: the same nesting, with a tuple of logical axes for each leaf. A leaf with more axes than its tuple is a
+            stack of layers (or of groups of them): `layers` is put in front for each.
     """
 
     def one(shape: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
-        if len(shape.shape) == len(names) + 1:
-            names = ("layers", *names)
-        return NamedSharding(mesh, rules.spec(names, shape.shape, mesh))
+        stacked = ("layers",) * (len(shape.shape) - len(names))
+        return NamedSharding(mesh, rules.spec((*stacked, *names), shape.shape, mesh))
 
     return jax.tree.map(one, shapes, logical, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jasmine.training.optimizer import optimizer_shardings
 from jasmine.training.sharding import ShardingRules, tree_shardings
-from jasmine.training.task import Task
+from jasmine.training.task import BaseTask
 
 Params = dict[str, Any]
 
@@ -34,7 +34,7 @@ class TrainState:
 class ModelDefinition:
     """A model without its arrays: shapes, logical axes, and the way from a dict of parameters to a live module."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: BaseTask):
         abstract = nnx.eval_shape(lambda: task.build(nnx.Rngs(0)))
         self.graph, state = nnx.split(abstract)
         self._variables = dict(nnx.to_flat_state(state))
@@ -98,7 +98,7 @@ def abstract_state(
 
 
 def initial_state(
-    task: Task, definition: ModelDefinition, optimizer: optax.GradientTransformation, abstract: TrainState
+    task: BaseTask, definition: ModelDefinition, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
     """Step 0. Every array is made where it will live; the draws depend on the seed alone, not on the mesh."""
 

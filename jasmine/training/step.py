@@ -11,16 +11,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jasmine.training.optimizer import learning_rate
 from jasmine.training.sharding import ShardingRules, constrain, use_sharding
 from jasmine.training.state import ModelDefinition, Params, TrainState
-from jasmine.training.task import Batch, Keys, Metrics, Task
+from jasmine.training.task import BaseTask, Batch, Keys, Metrics
+
+FrozenParams = dict[str, Params]
 
 
-def batch_checksum(videos_BTHWC: jax.Array) -> jax.Array:
-    """uint32 of the pixels of a global batch. Each pixel is weighed by its place, so that swapped examples show; integers
-    wrap, so that the order of summation, and with it the topology, does not."""
-    place = jnp.arange(videos_BTHWC.size, dtype=jnp.uint32).reshape(videos_BTHWC.shape)
+def batch_checksum(contents: jax.Array) -> jax.Array:
+    """uint32 of the pixels of a global batch, or of its tokens: integers of any shape. Each is weighed by its place, so that
+    swapped examples show; integers wrap, so that the order of summation, and with it the topology, does not."""
+    place = jnp.arange(contents.size, dtype=jnp.uint32).reshape(contents.shape)
     weight = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
     weight = (weight ^ (weight >> 16)) * jnp.uint32(0x45D9F3B) | jnp.uint32(1)
-    return jnp.sum((videos_BTHWC.astype(jnp.uint32) + 1) * weight, dtype=jnp.uint32)
+    return jnp.sum((contents.astype(jnp.uint32) + 1) * weight, dtype=jnp.uint32)
+
+
+def _contents(batch: Batch) -> jax.Array:
+    """What a batch shows, as integers: pixels, tokens, or the bits of latents."""
+    if "latents" in batch:
+        return jax.lax.bitcast_convert_type(batch["latents"], jnp.uint32)
+    return batch["videos"] if "videos" in batch else batch["tokens"]
+
+
+def frozen_modules(task: BaseTask, frozen: FrozenParams) -> dict[str, Any]:
+    """The live frozen parts of a task; works under jit."""
+    return {name: task.frozen[name].definition.module(params) for name, params in frozen.items()}
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
@@ -29,15 +43,15 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
 
 
 def make_update(
-    task: Task,
+    task: BaseTask,
     definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: ShardingRules,
     abstract: TrainState,
 ) -> Any:
-    """The jitted `(state, batch) -> (state, metrics)`, not yet compiled. The state is donated and keeps the shardings of
-    `abstract`; metrics are replicated scalars."""
+    """The jitted `(state, frozen, batch) -> (state, metrics)`, not yet compiled. The state is donated and keeps the shardings
+    of `abstract`; `frozen` holds the parameters of the task's frozen parts by name; metrics are replicated scalars."""
     config = task.config
     schedule = learning_rate(config)
     parts = config.grad_accumulation_steps
@@ -67,9 +81,10 @@ def make_update(
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
         return jax.lax.scan(add, zero, (cut_batch, jnp.arange(parts)))[0]
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, frozen: FrozenParams, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_sharding(mesh, rules):
-            value, metrics, grads = gradients(state.params, batch, step_key(config.seed, state.step))
+            prepared = task.prepare(frozen_modules(task, frozen), batch)
+            value, metrics, grads = gradients(state.params, prepared, step_key(config.seed, state.step))
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
@@ -80,7 +95,7 @@ def make_update(
                 for name, part in grads.items():
                     logged[f"gradient_std/{name}"] = _std(part)
             if config.log_batch_checksum:
-                logged["batch_checksum"] = batch_checksum(batch["videos"])
+                logged["batch_checksum"] = batch_checksum(_contents(batch))
             return TrainState(state.step + 1, params, opt_state, ema), logged
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -95,12 +110,14 @@ def _std(tree: Any) -> jax.Array:
 
 
 def make_evaluation(
-    task: Task, definition: ModelDefinition, mesh: Mesh, rules: ShardingRules
-) -> Callable[[Params, Batch, jax.Array], tuple[Metrics, dict[str, jax.Array]]]:
-    """The compiled `(params, batch, key) -> (metrics, media)`, results replicated."""
+    task: BaseTask, definition: ModelDefinition, mesh: Mesh, rules: ShardingRules
+) -> Callable[[Params, FrozenParams, Batch, jax.Array], tuple[Metrics, dict[str, jax.Array]]]:
+    """The compiled `(params, frozen, batch, key) -> (metrics, media)`, results replicated."""
 
-    def evaluate(params: Params, batch: Batch, key: jax.Array) -> tuple[Metrics, dict[str, jax.Array]]:
+    def evaluate(
+        params: Params, frozen: FrozenParams, batch: Batch, key: jax.Array
+    ) -> tuple[Metrics, dict[str, jax.Array]]:
         with use_sharding(mesh, rules):
-            return task.evaluate(definition.module(params), batch, Keys(key))
+            return task.evaluate(definition.module(params), frozen_modules(task, frozen), batch, Keys(key))
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -85,7 +85,7 @@ def test_resume_with_another_model_names_the_parameter_and_both_shapes(tiny_data
     jobs.run(args)
     metrics = (run_dir / "metrics.jsonl").read_bytes()
     line = refused([*args, "--stop_at_step", "20", "--ffn_dim", "64"])
-    assert "params.decoder.blocks.ffn_in.bias has shape (1, 32) in the checkpoint, shape (1, 64)" in line
+    assert "params.decoder.blocks.ffn.linear_in.bias has shape (1, 32) in the checkpoint, shape (1, 64)" in line
     assert "--no-restore_ckpt would train over them" in refused([*args, "--no-restore_ckpt"])
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
     assert jobs.checkpoints(run_dir) == [10]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jasmine.data.episodes import EpisodeWriter, open_dataset
-from jasmine.data.pipeline import batches, record_ids
+from jasmine.data.pipeline import batches, is_labelled, record_ids
 from jasmine.data.sampling import WindowSampler
 from jasmine.errors import UserError
 from tests.data.test_published import write_split
@@ -128,6 +128,38 @@ def test_record_ids_say_where_a_batch_came_from(dataset, expected):
 def test_windows_longer_than_every_episode(dataset):
     with pytest.raises(UserError, match=f"longer than every episode of {dataset.path}: give at most 40"):
         batches(dataset, **{**ARGUMENTS, "seq_len": 41})
+
+
+def test_a_fraction_of_the_episodes_is_labelled(dataset):
+    episodes = np.arange(20_000)
+    for fraction in (0.0, 0.01, 0.3, 1.0):
+        labelled = is_labelled(dataset, episodes, seed=5, fraction=fraction)
+        assert labelled.dtype == bool
+        assert abs(labelled.mean() - fraction) < 0.01
+        for seed in (4, 6):  # another choice, neither the same nor the opposite
+            both = labelled & is_labelled(dataset, episodes, seed=seed, fraction=fraction)
+            assert abs(both.mean() - fraction**2) < 0.01
+    few, many = (is_labelled(dataset, episodes, seed=5, fraction=fraction) for fraction in (0.1, 0.4))
+    assert not (few & ~many).any()
+
+
+def test_batches_say_which_clips_are_of_labelled_episodes(dataset, expected):
+    labelled = is_labelled(dataset, np.arange(7), seed=5, fraction=0.5)
+    assert 0 < labelled.sum() < 7
+    found = take(dataset, 30, label_fraction=0.5)
+    for batch in found:
+        np.testing.assert_array_equal(batch.pop("labelled"), labelled[batch["videos"][:, 0, 0, 0, 0]])
+    assert_equal(found, expected)  # and nothing else is changed by it
+    rows = slice(2, 5)
+    [part], [whole] = (
+        take(dataset, 1, label_fraction=0.5, start_step=3, **options) for options in ({"rows": rows}, {})
+    )
+    np.testing.assert_array_equal(part["labelled"], whole["labelled"][rows])
+
+
+def test_a_fraction_that_is_none(dataset):
+    with pytest.raises(UserError, match=r"--label_fraction=1\.5: give a share of the episodes, from 0 to 1"):
+        batches(dataset, **ARGUMENTS, label_fraction=1.5)
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, TokenizerTask
+from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, Task
 from jasmine.training.mesh import MeshConfig, make_mesh
 from jasmine.training.optimizer import make_optimizer
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, abstract_state, initial_state
 from jasmine.training.step import batch_checksum, make_update
+from jasmine.training.task import DataInfo
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ VIDEOS = np.random.default_rng(0).integers(0, 256, (8, 4, 16, 16, 3), dtype=np.u
 def train(config: Config, steps: int = 4):
     """Losses and checksums of a few steps, and the state after them."""
     mesh, rules = make_mesh(config.mesh), ShardingRules()
-    task = TokenizerTask(config, (16, 16, 3))
+    task = Task(config, DataInfo((16, 16, 3)))
     definition, optimizer = ModelDefinition(task), make_optimizer(config)
     abstract = abstract_state(definition, optimizer, mesh, rules, config.ema_decay > 0)
     state = initial_state(task, definition, optimizer, abstract)
@@ -33,7 +34,7 @@ def train(config: Config, steps: int = 4):
     sharding = jax.sharding.NamedSharding(mesh, rules.spec(("batch",), (8,), mesh))
     logged = []
     for _ in range(steps):
-        state, metrics = update(state, {"videos": jax.device_put(VIDEOS, sharding)})
+        state, metrics = update(state, {}, {"videos": jax.device_put(VIDEOS, sharding)})
         logged.append({name: np.asarray(value) for name, value in metrics.items()})
     return state, logged
 
@@ -52,8 +53,8 @@ def test_every_mesh_gives_the_same_losses(single, mesh):
         np.testing.assert_allclose(mine["loss"], expected["loss"], rtol=1e-4)
         np.testing.assert_allclose(mine["grad_norm"], expected["grad_norm"], rtol=1e-3)
         assert mine["batch_checksum"] == expected["batch_checksum"]
-    kernel = state.params["encoder"]["blocks"]["ffn_in"]["kernel"]
-    moment = state.opt_state[0].mu["encoder"]["blocks"]["ffn_in"]["kernel"]
+    kernel = state.params["encoder"]["blocks"]["ffn"]["linear_in"]["kernel"]
+    moment = state.opt_state[0].mu["encoder"]["blocks"]["ffn"]["linear_in"]["kernel"]
     for array in (kernel, moment):
         assert array.shape == (2, 32, 64)
         assert {shard.data.shape for shard in array.addressable_shards} == {(2, 32 // mesh.fsdp, 64 // mesh.tensor)}

@@ -16,37 +16,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jasmine.errors import UserError
 from jasmine.evaluation.media import comparison
 from jasmine.evaluation.metrics import code_usage, psnr, ssim
 from jasmine.models.tokenizer import VideoTokenizerVQVAE
-from jasmine.models.transformer import TransformerConfig
 from jasmine.training import cli
-from jasmine.training.config import TrainConfig
 from jasmine.training.loop import train
-from jasmine.training.task import Batch, Keys, Metrics
+from jasmine.training.model_config import ModelConfig, check_patch, check_pixels
+from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
+
+JOB = "train_tokenizer_vqvae"
 
 # --- config -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
+class Config(ModelConfig):
     """Options of the VQ-VAE tokenizer. Defaults are the published Jasmine's; `vq_revival` is ours."""
 
-    model_dim: int = 512
-    """Width of the transformers."""
-    ffn_dim: int = 2048
-    """Width of their feed-forward layers."""
     latent_dim: int = 32
     """Size of a code."""
     num_latents: int = 1024
     """Codes in the codebook."""
     patch_size: int = 16
     """Side of a patch in pixels; each patch of each frame becomes one token."""
-    num_blocks: int = 4
-    """Blocks of the encoder, and of the decoder."""
-    num_heads: int = 8
-    dropout: float = 0.0
     codebook_dropout: float = 0.01
     """Chance of each code to sit a step out, so that a few codes do not take all."""
     vq_beta: float = 0.25
@@ -58,42 +50,24 @@ class Config(TrainConfig):
 # --- model ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerTask:
+class Task(BaseTask):
     """Reconstruct each clip through the bottleneck of one code a patch."""
 
     config: Config
-    frame_shape: tuple[int, int, int]
 
     def check(self) -> None:
-        config, (height, width, _) = self.config, self.frame_shape
-        if height % config.patch_size or width % config.patch_size:
-            fits = [p for p in range(2, min(height, width) + 1) if height % p == 0 and width % p == 0]
-            raise UserError(
-                f"--patch_size={config.patch_size} does not divide the {height}×{width} frames; "
-                f"these do: {', '.join(map(str, fits)) or 'none but 1'}"
-            )
-        if config.model_dim % config.num_heads:
-            raise UserError(f"--model_dim={config.model_dim} is not a multiple of --num_heads={config.num_heads}")
+        check_pixels(self.data, JOB)
+        check_patch("patch_size", self.config.patch_size, self.data.frame_shape)
 
     def build(self, rngs: nnx.Rngs) -> VideoTokenizerVQVAE:
         config = self.config
         return VideoTokenizerVQVAE(
-            frame_shape=self.frame_shape,
+            frame_shape=self.data.frame_shape,
             patch_size=config.patch_size,
             latent_dim=config.latent_dim,
             num_latents=config.num_latents,
             codebook_dropout=config.codebook_dropout,
-            transformer=TransformerConfig(
-                model_dim=config.model_dim,
-                ffn_dim=config.ffn_dim,
-                num_blocks=config.num_blocks,
-                num_heads=config.num_heads,
-                dropout=config.dropout,
-                dtype=jnp.dtype(config.dtype),
-                flash_attention=config.use_flash_attention,
-                remat=config.remat,
-            ),
+            transformer=config.transformer(),
             rngs=rngs,
         )
 
@@ -108,10 +82,8 @@ class TokenizerTask:
         """Loss, its terms, the reconstruction (float32 in [0, 1]) and its token indices (B, T, N)."""
         video_BTHWC = batch["videos"].astype(jnp.float32) / 255
         out = model(video_BTHWC, keys)
-        code, encoded = out.quantized.code_XL, out.quantized.encoded_XL
         mse = jnp.square(video_BTHWC - out.video_BTHWC).mean()
-        q_loss = jnp.square(jax.lax.stop_gradient(encoded) - code).mean()
-        commitment_loss = jnp.square(encoded - jax.lax.stop_gradient(code)).mean()
+        q_loss, commitment_loss = out.quantized.losses()
         loss = mse + q_loss + self.config.vq_beta * commitment_loss
         terms = {"mse": mse, "q_loss": q_loss, "commitment_loss": commitment_loss}
         if self.config.vq_revival > 0 and keys is not None:
@@ -120,7 +92,9 @@ class TokenizerTask:
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def evaluate(self, model: VideoTokenizerVQVAE, batch: Batch, keys: Keys) -> tuple[Metrics, dict[str, jax.Array]]:
+    def evaluate(
+        self, model: VideoTokenizerVQVAE, frozen: Modules, batch: Batch, keys: Keys
+    ) -> tuple[Metrics, dict[str, jax.Array]]:
         loss, terms, recon_BTHWC, index_BTN = self._reconstruct(model, batch, None)
         video_BTHWC = batch["videos"].astype(jnp.float32) / 255
         metrics = {
@@ -137,7 +111,7 @@ class TokenizerTask:
 
 
 def main(config: Config) -> None:
-    train(TokenizerTask, config, job="train_tokenizer_vqvae")
+    train(Task, config, JOB)
 
 
 if __name__ == "__main__":

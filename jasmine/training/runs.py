@@ -1,0 +1,237 @@
+"""Opens what another run has trained: its model's architecture from its own config.json, its weights from its newest
+checkpoint. Read-only: nothing here writes to the run that is opened.
+
+Nobody repeats a model's options: `--tokenizer_checkpoint RUN` is all there is to say. A run that uses frozen parts keeps
+their weights in `frozen/<name>/` of its own directory, in the layout of a run, from its first step on: what it computes
+then depends on nothing outside, and goes on exactly though the other run is trained further, moved or deleted.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from pydantic import TypeAdapter, ValidationError
+
+from jasmine.errors import UserError
+from jasmine.training import run_files
+from jasmine.training.config import TrainConfig
+from jasmine.training.sharding import ShardingRules, tree_shardings
+from jasmine.training.state import ModelDefinition, Params
+from jasmine.training.task import BaseTask, DataInfo
+
+CONFIG_NAME = "config.json"
+
+
+def find_run(run: str, option: str) -> epath.Path:
+    """The directory of a run.
+
+    Args:
+        run: a directory, or the name of a run under the storage root: `JASMINE_STORAGE`, or where this job's own run
+            directory lies, or `runs`.
+        option: what to call it in an error.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not run:
+        raise UserError(f"{option} is not set: name a run directory, or a run under the storage root")
+    roots = [os.environ.get("JASMINE_STORAGE", ""), os.path.dirname(os.environ.get("JASMINE_RUN_DIR", "")), "runs"]
+    tried = [epath.Path(run).expanduser()]
+    if "/" not in run:
+        tried += [epath.Path(root) / run for root in roots if root]
+    for path in tried:
+        if path.is_dir():
+            return path if "://" in str(path) else epath.Path(os.path.abspath(path))
+    raise UserError(f"{option}={run}: there is no such run (looked for {', '.join(map(str, dict.fromkeys(tried)))})")
+
+
+@functools.cache
+def baseline_modules() -> dict[str, str]:
+    """Job name -> module of every baseline that trains something."""
+    import jasmine.baselines
+
+    found = pkgutil.walk_packages(jasmine.baselines.__path__, "jasmine.baselines.")
+    names = [module.name for module in found if not module.ispkg]
+    return {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[2].startswith("train_")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A model that a run has trained.
+
+    Attributes:
+        path: the run directory.
+        job: the baseline's name.
+        config: its options, an instance of that baseline's `Config`.
+        data: what it was trained on.
+        step: of its newest checkpoint.
+        task: the baseline's `Task`.
+    """
+
+    path: epath.Path
+    job: str
+    config: Any
+    data: DataInfo
+    step: int
+    task: BaseTask
+
+    @functools.cached_property
+    def definition(self) -> ModelDefinition:
+        """The model without its weights."""
+        return ModelDefinition(self.task)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """Its weights, moving averages where the run keeps them, on the first local device."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self.load(jax.tree.map(lambda _: device, self.definition.shapes))
+
+    def load(self, shardings: Any) -> Params:
+        """The weights in the given shardings.
+
+        Raises:
+            UserError: the checkpoint cannot be read, or does not fit the config beside it.
+        """
+        path = self.path / "checkpoints" / str(self.step) / "state"
+        checkpointer = ocp.PyTreeCheckpointer()
+        try:
+            saved = checkpointer.metadata(path).item_metadata.tree
+            name = "ema" if saved.get("ema") else "params"
+            have = _shapes(saved[name])
+        except Exception as error:
+            raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+        want = _shapes(self.definition.shapes)
+        if have != want:
+            different = sorted(key for key in have.keys() | want.keys() if have.get(key) != want.get(key))[0]
+            raise UserError(
+                f"the checkpoint {path} does not fit {self.path / CONFIG_NAME}: {different} is {have.get(different)} in the "
+                f"one and {want.get(different)} by the other"
+            )
+        abstract = {
+            name: jax.tree.map(
+                lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+                self.definition.shapes,
+                shardings,
+            )
+        }
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        try:
+            return checkpointer.restore(path, args=arguments)[name]
+        except Exception as error:
+            raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+
+    def module(self) -> nnx.Module:
+        """The live model."""
+        return self.definition.module(self.params)
+
+    def frozen(self) -> dict[str, nnx.Module]:
+        """The live models that this one was trained with, from the run's own copy of them."""
+        return {name: part.module() for name, part in self.task.frozen.items()}
+
+    def fingerprint(self) -> str:
+        """Hash of what the model computes: its job, architecture and weights."""
+        digest = hashlib.sha256(self.job.encode())
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self.params)[0]:
+            digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> TrainedRun:
+    """Opens a run; weights are read when they are asked for.
+
+    Args:
+        run: a directory, or a run's name under the storage root.
+        option: what to call it in an error.
+        jobs: the baselines that may have trained it; None for any.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoint, or another kind of job made it.
+    """
+    path = find_run(run, option)
+    if not (path / CONFIG_NAME).exists():
+        raise UserError(f"{option}={run}: {path} has no {CONFIG_NAME}, so it is not the directory of a run that has trained")
+    try:
+        record = json.loads((path / CONFIG_NAME).read_text())
+        job, options, data = record["job"], record["config"], record["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / CONFIG_NAME} is damaged or of an old version: {_first_line(error)}") from error
+    if jobs is not None and job not in jobs:
+        raise UserError(f"{option}={run} was made by {job}; expected {' or '.join(jobs)}")
+    if job not in baseline_modules():
+        raise UserError(f"{option}={run} was made by {job}, which is none of {', '.join(sorted(baseline_modules()))}")
+    steps = [int(entry.name) for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
+    if not steps:
+        raise UserError(f"{option}={run}: {path / 'checkpoints'} holds no finished checkpoint")
+    module = importlib.import_module(baseline_modules()[job])
+    try:
+        config = TypeAdapter(module.Config).validate_python(options)
+        info = TypeAdapter(DataInfo).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path / CONFIG_NAME}: {where}: {first['msg']}; was the run made by another version?") from error
+    return TrainedRun(path, job, config, info, max(steps), module.Task(config, info, frozen_parts(config, path)))
+
+
+def frozen_parts(config: TrainConfig, run_dir: epath.Path) -> dict[str, TrainedRun]:
+    """The frozen parts of the run in `run_dir`: its own copies, or where there are none yet, the runs to take them from."""
+    parts = {}
+    for name, source in config.frozen_runs().items():
+        copy = run_dir / "frozen" / name
+        run = str(copy) if (copy / CONFIG_NAME).exists() else source.run
+        parts[name] = load_run(run, option=source.option, jobs=source.jobs)
+    return parts
+
+
+def pin(run_dir: epath.Path, name: str, source: TrainedRun, mesh: Mesh, rules: ShardingRules) -> Params:
+    """Loads a frozen part onto the mesh, and keeps a copy in `run_dir` unless there is one. Called by every process."""
+    definition = source.definition
+    params = source.load(tree_shardings(definition.shapes, definition.logical, mesh, rules))
+    target = run_dir / "frozen" / name
+    if source.path != target:
+        checkpoint = target / "checkpoints" / str(source.step)
+        if jax.process_index() == 0 and checkpoint.exists():
+            checkpoint.rmtree()  # of an attempt that ended before it was whole
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"pin {name}")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(checkpoint / "state", {"params": params})
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"pinned {name}")
+        if jax.process_index() == 0:
+            record = json.loads((source.path / CONFIG_NAME).read_text()) | {"pinned_from": str(source.path)}
+            run_files.write_atomically(target / CONFIG_NAME, (json.dumps(record, indent=2) + "\n").encode())
+    return params
+
+
+def describe_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The options that two runs' models differ in, as one line."""
+    names = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+    return ", ".join(f"{name} {mine[name]} against {theirs[name]}" for name in names) or "weights only"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
