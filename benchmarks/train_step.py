@@ -313,6 +313,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.reference is not None:
+        if not (options.reference / "jasmine" / "utils" / "train_utils.py").is_file():
+            parser.error(
+                f"--reference {options.reference} is no checkout of the published code: no jasmine/utils/train_utils.py"
+            )
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share an accelerator's memory
     jax.config.update("jax_enable_compilation_cache", False)
     shape = SHAPES[options.shape]

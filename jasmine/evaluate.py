@@ -17,11 +17,13 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from jasmine.data.episodes import EpisodeDataset, Episodes, open_dataset
+from jasmine.data.episodes import EpisodeDataset, Episodes
 from jasmine.data.published import PublishedDataset
 from jasmine.data.sampling import WindowSampler
+from jasmine.data.tokens import TokenDataset, open_training_data
 from jasmine.errors import UserError
 from jasmine.evaluation import measure, report
+from jasmine.sampling.world import DYNAMICS_JOBS, World
 from jasmine.training import cli
 from jasmine.training.runs import TrainedRun, load_run
 
@@ -61,7 +63,7 @@ def evaluate(run: TrainedRun, options: Options) -> epath.Path:
         UserError: options that do not fit the run or the data, or a folder that holds another evaluation. Before anything
             is computed.
     """
-    dynamics = run.job.startswith("train_dynamics")
+    dynamics = run.job in DYNAMICS_JOBS
     length = options.horizon or (DYNAMICS_HORIZON if dynamics else run.config.seq_len)
     _check(options, length, dynamics)
     dataset = _open(options, run.data.frame_shape, length)
@@ -82,9 +84,7 @@ def evaluate(run: TrainedRun, options: Options) -> epath.Path:
         jax.config.update("jax_default_matmul_precision", "highest")
     plan = measure.Plan(options.batch_size, options.seed, options.prompt_frames, options.num_pictures)
     if dynamics:
-        from jasmine.sampling.world import load_world
-
-        findings = measure.world_model(load_world(str(run.path)), clips, plan, features)
+        findings = measure.world_model(World(run), clips, plan, features)
     elif run.job == "train_lam":
         findings = measure.latent_action_model(run.module(), clips, plan)
     else:
@@ -106,10 +106,10 @@ def _check(options: Options, length: int, dynamics: bool) -> None:
 
 
 def _open(options: Options, frame_shape: tuple[int, int, int], length: int) -> Episodes:
-    dataset: Any = open_dataset(options.data, options.split)
+    dataset = open_training_data(options.data, options.split)
     if isinstance(dataset, PublishedDataset):
         dataset = PublishedDataset(dataset.path, frame_shape)  # it does not store its shape
-    if dataset.tokens is not None:
+    if isinstance(dataset, TokenDataset):
         raise UserError(
             f"--data {options.data} holds tokens, and pictures are measured: name the data they were made from"
         )

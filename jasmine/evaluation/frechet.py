@@ -32,7 +32,7 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
     |mean difference|² + tr(A + B - 2 (A^½ B A^½)^½) with the sample covariances A and B (Dowson and Landau 1982, "The Fréchet
     distance between multivariate normal distributions"). Biased upwards in small samples: two sets from one distribution are
-    apart by about 1/N, the more the larger D.
+    apart by an amount that falls as 1/N and grows with D.
 
     Raises:
         ValueError: a set holds fewer than two vectors.

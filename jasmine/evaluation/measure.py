@@ -2,7 +2,7 @@
 
 Each number stands beside what it must be compared with: a world model's PSNR beside that of copying the last given frame,
 which it must beat, and that of the tokenizer's round trip, which it cannot; a latent action model's beside the same decoder
-without an action. Numbers that are means over clips carry their standard error.
+with another action. Numbers that are means over clips carry their standard error.
 
 Everything is worked through in batches of one size (the last is filled up, and the filling thrown away), so that nothing
 compiles twice. Draws follow from the seed and the clip's batch.
@@ -33,6 +33,11 @@ from jasmine.evaluation.report import Findings, Measure, Picture, Table
 
 Features = Callable[[np.ndarray], np.ndarray]
 """Videos uint8 (B, T, H, W, C) to feature vectors (B, D) float64."""
+
+# Uniform draws hold actions that data never has, and that alone makes a model that knows only one action look controllable.
+OTHER_ACTIONS = (
+    "The same against another clip's actions, which are as likely ones: 0 for a model whose action never varies."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,9 @@ class Plan:
 
 class WorldModel(Protocol):
     """What is needed of `jasmine.sampling.world.World`."""
+
+    @property
+    def seq_len(self) -> int: ...
 
     @property
     def action_kind(self) -> str: ...
@@ -141,40 +149,38 @@ def latent_action_model(module: Any, clips: Clips, plan: Plan) -> Findings:
         module: a `jasmine.models.latent_action.LatentActionModel`.
     """
     num_codes = module.vq.codebook[...].shape[0]
+    encode = nnx.jit(lambda module, videos: module.encode_actions(videos.astype(jnp.float32) / 255))
 
     @nnx.jit
-    def guesses(module: Any, videos: jax.Array, other_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        videos = videos.astype(jnp.float32) / 255
-        own = module(videos)
-        code = own.quantized.code_XL
-        return own.quantized.index_X, {
-            "own": own.video_BTHWC,
-            "random": module.decode(videos[:, :-1], module.vq.lookup(other_BT)),
-            "none": module.decode(videos[:, :-1], jnp.zeros_like(code)),
-            "copy": videos[:, :-1],
-        }
+    def decode(module: Any, past: jax.Array, index_BT: jax.Array) -> jax.Array:
+        return module.decode(past.astype(jnp.float32) / 255, module.vq.lookup(index_BT))
 
-    rng = np.random.default_rng(plan.seed)
+    inferred = _Collected()
+    for _, rows, real in plan.batches(len(clips.videos)):
+        inferred.add(real, index=encode(module, clips.videos[rows]))
+    index = inferred["index"]
+    actions = {
+        "own": index,
+        "random": np.random.default_rng(plan.seed).integers(0, num_codes, index.shape, dtype=np.int32),
+        "other": np.roll(index, 1, axis=0),
+    }
     results = _Collected()
     for _, rows, real in plan.batches(len(clips.videos)):
-        random = rng.integers(0, num_codes, (len(rows), clips.videos.shape[1] - 1))
-        index, guess = guesses(module, clips.videos[rows], random)
-        quality = {name: _quality(clips.videos[rows][:, 1:], video) for name, video in guess.items()}
+        past, truth = clips.videos[rows][:, :-1], clips.videos[rows][:, 1:]
+        guesses = {name: decode(module, past, chosen[rows]) for name, chosen in actions.items()} | {"copy": past}
+        quality = {name: _quality(truth, guess) for name, guess in guesses.items()}
         psnrs = {f"psnr_{name}": values["psnr"] for name, values in quality.items()}
-        results.add(real, index=index, guess=_pixels(guess["own"]), ssim=quality["own"]["ssim"], **psnrs)
-    psnr, index = results["psnr_own"], results["index"]
-    listens = delta_psnr(psnr, results["psnr_random"])
+        results.add(real, guess=_pixels(guesses["own"]), ssim=quality["own"]["ssim"], **psnrs)
+    psnr = results["psnr_own"]
     measures = [
         _over_clips("psnr", "PSNR", psnr, "Of the next frame, made from the true past and the inferred action.", "dB"),
         _over_clips("ssim", "SSIM", results["ssim"], "Structural similarity of the same; 1 is equal."),
-        _over_clips("psnr_no_action", "PSNR without action", results["psnr_none"],
-                    "The same decoder, its action set to zero: what the past alone tells it.", "dB"),
-        _over_clips("psnr_random_action", "PSNR with a random action", results["psnr_random"],
-                    "The same decoder, its action drawn uniformly.", "dB"),
         _over_clips("psnr_copy", "PSNR of copying", results["psnr_copy"],
                     "The true frame before, as it is. Better than this, or nothing of motion is learned.", "dB"),
-        _over_clips("delta_psnr", "ΔPSNR", listens,
+        _over_clips("delta_psnr", "ΔPSNR", delta_psnr(psnr, results["psnr_random"]),
                     "PSNR with the inferred action less that with a random one: how much the action says.", "dB"),
+        _over_clips("delta_psnr_other", "ΔPSNR, other clip's actions", delta_psnr(psnr, results["psnr_other"]),
+                    OTHER_ACTIONS, "dB"),
         *_usage(index, num_codes, "Latent actions"),
     ]  # fmt: skip
     consistency, tables = _consistency(index, clips, num_codes, plan.seed)
@@ -198,27 +204,32 @@ def latent_action_model(module: Any, clips: Clips, plan: Plan) -> Findings:
 def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features | None = None) -> Findings:
     """How near sampled clips stay to the true ones, for how long, and whether they listen to their actions.
 
-    From the first `plan.prompt_frames` frames of each clip the rest is sampled twice with the same random key: with the
-    clip's own actions (true ones, or inferred by the latent action model) and with uniformly drawn ones.
+    From the first `plan.prompt_frames` frames of each clip the rest is sampled three times with the same random key: with
+    the clip's own actions (true ones, or inferred by the latent action model), with uniformly drawn ones, and with another
+    clip's.
     """
     P, S = plan.prompt_frames, clips.videos.shape[1]
-    rng = np.random.default_rng(plan.seed)
+    inferred = _Collected()
+    for _, rows, real in plan.batches(len(clips.videos)):
+        known = None if clips.actions is None else clips.actions[rows]
+        inferred.add(real, actions=_infer_actions(world, clips.videos[rows], known))
+    own = inferred["actions"]
+    random = np.random.default_rng(plan.seed).integers(0, world.num_actions, own.shape, dtype=own.dtype)
+    actions = {"generated": own, "random": random, "other": np.roll(own, 1, axis=0)}
+    for chosen in actions.values():
+        chosen[:, : P - 1] = own[:, : P - 1]  # those between given frames are past
     results = _Collected()
     for number, rows, real in plan.batches(len(clips.videos)):
         videos = clips.videos[rows]
-        actions = np.array(world.infer_actions(videos, None if clips.actions is None else clips.actions[rows]))
-        random = rng.integers(0, world.num_actions, actions.shape).astype(actions.dtype)
-        random[:, : P - 1] = actions[:, : P - 1]  # those between given frames are past
-        key = jax.random.fold_in(jax.random.key(plan.seed), number)
+        prompt, key = videos[:, :P], jax.random.fold_in(jax.random.key(plan.seed), number)
         guesses = {
-            "generated": _pixels(world.generate(videos[:, :P], actions, key=key)),
-            "random": _pixels(world.generate(videos[:, :P], random, key=key)),
-            "reconstruction": _pixels(world.reconstruct(videos)),
-            "copy": np.concatenate([videos[:, :P], videos[:, P - 1 : P].repeat(S - P, axis=1)], axis=1),
+            **{name: _pixels(world.generate(prompt, chosen[rows], key=key)) for name, chosen in actions.items()},
+            "reconstruction": _reconstruct(world, videos),
+            "copy": np.concatenate([prompt, prompt[:, -1:].repeat(S - P, axis=1)], axis=1),
         }
         quality = {name: _quality(videos, guess) for name, guess in guesses.items()}
         values = {f"{metric}_{name}": v for name, found in quality.items() for metric, v in found.items()}
-        results.add(real, actions=actions, random_actions=random, **guesses, **values)
+        results.add(real, **guesses, **values)
     generated = {name: results[name][:, P:] for name in results.names if name.startswith(("psnr", "ssim"))}
     controlled = delta_psnr(generated["psnr_generated"], generated["psnr_random"])
     measures = [
@@ -226,7 +237,7 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         _over_clips("psnr_copy", "PSNR of copying", generated["psnr_copy"],
                     "The last given frame, held. Better than this, or the model has not learned to move.", "dB"),
         _over_clips("psnr_reconstruction", "PSNR of the tokenizer", generated["psnr_reconstruction"],
-                    "Its round trip of the same true frames: no sampler can do better.", "dB"),
+                    "Its round trip of the same true frames: the ceiling for sampling.", "dB"),
         _over_clips("psnr_gain", "Gain over copying", generated["psnr_generated"] - generated["psnr_copy"],
                     "The first less the second, clip by clip; above 0 is better than copying.", "dB"),
         _over_clips("ssim", "SSIM", generated["ssim_generated"], "Structural similarity of generated frames; 1 is equal."),
@@ -236,12 +247,14 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         *([_over_clips(f"delta_psnr_t{GENIE_FRAME}", f"ΔPSNR, t = {GENIE_FRAME}", controlled[:, GENIE_FRAME - 1],
                        f"The same at generated frame {GENIE_FRAME}, as Genie reports it.", "dB")]
           if S - P >= GENIE_FRAME else []),
+        _over_clips("delta_psnr_other", "ΔPSNR, other clip's actions",
+                    delta_psnr(generated["psnr_generated"], generated["psnr_other"]), OTHER_ACTIONS, "dB"),
         _over_clips("drift_psnr", "Drift, PSNR", drift(generated["psnr_generated"]),
                     "Lost from the first to the last quarter of the generated frames; 0 is none.", "dB"),
         _over_clips("drift_ssim", "Drift, SSIM", drift(generated["ssim_generated"]), "The same of SSIM."),
     ]  # fmt: skip
-    latent = world.action_kind == "latent"
-    used = results["actions"][:, :-1]
+    latent = world.action_kind != "true"
+    used = own[:, :-1]
     consistency, tables = _consistency(used, clips, world.num_actions, plan.seed) if latent else ([], [])
     versions = {"": results["generated"][:, P:], "copy": results["copy"][:, P:]}
     others = None if clips.others is None else clips.others[:, P:]
@@ -257,6 +270,9 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         actions=np.concatenate([used, np.full_like(used[:, :1], -1)], axis=1),  # none is taken at the last frame
         action_names=_latent_names(world.num_actions) if latent else clips.action_names,
     )
+    plotted = {name: results[name] for name in generated}
+    for metric in ("psnr", "ssim"):
+        plotted[f"{metric}_copy"][:, :P] = np.nan  # given frames equal themselves, and would squash the plot
     columns = {
         "truth": clips.videos,
         "sampled": results["generated"],
@@ -278,7 +294,7 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
             *(
                 _plot(
                     f"{metric.upper()} over the horizon, mean over clips: how far sampling holds.",
-                    {label: results[f"{metric}_{name}"] for label, name in names.items()},
+                    {label: plotted[f"{metric}_{name}"] for label, name in names.items()},
                     unit, P,
                 )
                 for metric, unit in (("psnr", "PSNR (dB)"), ("ssim", "SSIM"))
@@ -286,6 +302,21 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         ],
         notes=notes,
     )  # fmt: skip
+
+
+def _infer_actions(world: WorldModel, videos: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+    """As `WorldModel.infer_actions`, in windows of at most the trained length, which share a frame; the last entry is 0."""
+    parts = []
+    for start in range(0, videos.shape[1] - 1, world.seq_len - 1):
+        part = slice(start, start + world.seq_len)
+        parts.append(world.infer_actions(videos[:, part], None if known is None else known[:, part])[:, :-1])
+    return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, 1)))
+
+
+def _reconstruct(world: WorldModel, videos: np.ndarray) -> np.ndarray:
+    """The tokenizer's round trip as uint8, in windows of at most the trained length."""
+    starts = range(0, videos.shape[1], world.seq_len)
+    return np.concatenate([_pixels(world.reconstruct(videos[:, s : s + world.seq_len])) for s in starts], axis=1)
 
 
 # --- what they share ----------------------------------------------------------------------------------------------
@@ -386,6 +417,9 @@ def _frechet(
     if features is None or len(truth) < 2:
         return [], []
     true_ND = features(truth)
+    unit_D = true_ND.std(0, ddof=1)
+    unit_D[unit_D == 0] = 1.0  # what never varies in the data cannot be weighed by how much it does
+    true_ND = true_ND / unit_D
     labels = {"": "Fréchet distance (MAE latents)", "copy": "… of copying"}
     meanings = {
         "": "Of the model's clips to true ones, in an MAE tokenizer's latents; less is better. This is not FVD.",
@@ -393,10 +427,10 @@ def _frechet(
     }
     measures = [
         Measure("_".join(filter(None, ("frechet_mae", name))), labels[name],
-                frechet_distance(features(video), true_ND), meanings[name])
+                frechet_distance(features(video) / unit_D, true_ND), meanings[name])
         for name, video in versions.items()
     ]  # fmt: skip
-    floor = np.nan if others is None else frechet_distance(features(others), true_ND)
+    floor = np.nan if others is None else frechet_distance(features(others) / unit_D, true_ND)
     measures.append(
         Measure(
             "frechet_mae_data",
@@ -407,8 +441,9 @@ def _frechet(
         )
     )
     note = (
-        f"The Fréchet distance is fitted to {true_ND.shape[0]} clips of {true_ND.shape[1]} features; it falls with the "
-        "number of clips. Compare it only with values from as many clips of the same length, in the same tokenizer's latents."
+        f"The Fréchet distance is fitted to {true_ND.shape[0]} clips of {true_ND.shape[1]} features, each in units of its "
+        "standard deviation over the true clips; it falls with the number of clips. Compare it only with values from as many "
+        "clips of the same length, in the same tokenizer's latents."
     )
     return measures, [note]
 

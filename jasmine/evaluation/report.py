@@ -47,7 +47,8 @@ class Measure:
             return "–"
         digits = 2 if self.unit in ("dB", "%") else 4 if abs(self.value) <= 1 else 2 if abs(self.value) < 1000 else 0
         error = f" ± {self.error:.{digits}f}" if math.isfinite(self.error) else ""
-        return f"{self.value:.{digits}f}{error}" + (f" {self.unit}" if self.unit else "")
+        value = round(self.value, digits) + 0.0  # no "-0.00"
+        return f"{value:.{digits}f}{error}" + (f" {self.unit}" if self.unit else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,3 +194,35 @@ def attention(
         logits = jnp.where(mask_XLS[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_XSGD.dtype)
     return jnp.einsum("...grls,...sgd->...lgrd", weights, v_XSGD).reshape(q_XLHD.shape)
+
+
+def attention_over_past(
+    q_XGRD: jax.Array,
+    past: tuple[jax.Array, jax.Array],
+    new: tuple[jax.Array, jax.Array],
+    seen_XW: jax.Array,
+    *,
+    soft_cap: float = 0.0,
+) -> jax.Array:
+    """Attention of one query over cached keys and the one that came with it, (X, G, R, D) in the dtype of q.
+
+    X: leading axes · G: heads of keys and values · R: queries to each of them · W: places in the cache · D: size of a head.
+    The cache lies as its products read it, and the new key's share is added to theirs, so that nothing is copied.
+
+    Args:
+        past: keys and values, (X, G, W, D).
+        new: key and value, (X, G, D).
+        seen_XW: which places hold something; broadcastable.
+    """
+    (k_XGWD, v_XGWD), (k_XGD, v_XGD) = past, new
+    scale = 1 / math.sqrt(q_XGRD.shape[-1])
+    old_XGRW = jnp.einsum("...rd,...wd->...rw", q_XGRD, k_XGWD, preferred_element_type=jnp.float32) * scale
+    own_XGR1 = (q_XGRD * k_XGD[..., None, :]).astype(jnp.float32).sum(-1, keepdims=True) * scale
+    if soft_cap:
+        old_XGRW, own_XGR1 = (soft_cap * jnp.tanh(logits / soft_cap) for logits in (old_XGRW, own_XGR1))
+    old_XGRW = jnp.where(seen_XW[..., None, None, :], old_XGRW, -jnp.inf)
+    most_XGR1 = jnp.maximum(old_XGRW.max(-1, keepdims=True), own_XGR1)
+    old_XGRW, own_XGR1 = jnp.exp(old_XGRW - most_XGR1), jnp.exp(own_XGR1 - most_XGR1)
+    total_XGR1 = old_XGRW.sum(-1, keepdims=True) + own_XGR1
+    weights = (old_XGRW / total_XGR1).astype(v_XGWD.dtype), (own_XGR1 / total_XGR1).astype(v_XGWD.dtype)
+    return jnp.einsum("...rw,...wd->...rd", weights[0], v_XGWD) + weights[1] * v_XGD[..., None, :]

@@ -2,7 +2,7 @@
 
 Of the three products of a layer and its gradients two run in int8 with int32 sums: the layer itself and the gradient of
 its input. The third, the gradient of the kernel, sums over every token of the batch, so that a single scale would have to
-span all of them; it stays in the compute dtype (SwitchBack, arXiv 2304.13013, section 2.2). Parameters stay float32, so a
+span all of them; it stays in the compute dtype (as in SwitchBack, arXiv 2304.13013, section 2). Parameters stay float32, so a
 checkpoint does not know how it was trained and loads with or without.
 
 Scales are dynamic, the largest magnitude over the contracted axes: one scale for each token, and one for each channel of

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jasmine.models.layers import LayerNorm, Linear, RMSNorm, attention, dropout, rotate, sinusoids
+from jasmine.models.layers import LayerNorm, Linear, RMSNorm, attention, attention_over_past, dropout, rotate, sinusoids
 from jasmine.training.sharding import constrain
 
 RematPolicy = Literal["none", "dots", "full", "offload"]
@@ -142,7 +142,7 @@ class SelfAttention(nnx.Module):
         """Time attention of tokens of one new frame, each over the frames before it at its own place in the frame.
 
         Args:
-            past: rotated keys, and values, (B, S, W, G, D); what stands at `place_B` and after is not looked at.
+            past: rotated keys, and values, (B, S, G, W, D); what stands at `place_B` and after is not looked at.
             place_B: int32, the frame's place in time.
 
         Returns:
@@ -151,11 +151,10 @@ class SelfAttention(nnx.Module):
         q_BSHD, k_BSGD, v_BSGD = self.project(x_BSM)
         if self.rope:
             q_BSHD, k_BSGD = rotate(q_BSHD, place_B[:, None]), rotate(k_BSGD, place_B[:, None])
-        seen_BW = jnp.arange(past[0].shape[2]) < place_B[:, None]
-        seen_B1W1 = jnp.pad(seen_BW, ((0, 0), (0, 1)), constant_values=True)[:, None, None]
-        k, v = (jnp.concatenate([old, new[:, :, None]], 2) for old, new in zip(past, (k_BSGD, v_BSGD), strict=True))
-        y = attention(q_BSHD[:, :, None], k, v, mask_XLS=seen_B1W1, soft_cap=self.soft_cap)
-        return self.out(y[:, :, 0]), (k_BSGD, v_BSGD)
+        seen_B1W = (jnp.arange(past[0].shape[-2]) < place_B[:, None])[:, None]
+        q_BSGRD = q_BSHD.reshape(*k_BSGD.shape[:3], -1, k_BSGD.shape[3])
+        y = attention_over_past(q_BSGRD, past, (k_BSGD, v_BSGD), seen_B1W, soft_cap=self.soft_cap)
+        return self.out(y.reshape(q_BSHD.shape)), (k_BSGD, v_BSGD)
 
     def over_frame(self, x_BSM: jax.Array, before: KeyValue, first: jax.Array | int) -> tuple[jax.Array, KeyValue]:
         """Causal space attention of the tokens `first` to `first + S` of a frame over those up to each of them.
@@ -339,16 +338,17 @@ class UnrolledTransformer:
         """How many of the blocks attend over time."""
         return self.config.num_blocks // self.config.time_every
 
-    def kv_shape(self, *lead: int) -> tuple[int, ...]:
-        """(*lead, G, D): shape of keys and of values."""
-        return (*lead, self.config.num_kv_heads or self.config.num_heads, self.config.head_dim)
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.config.num_kv_heads or self.config.num_heads
 
     def frame(self, x_BNM: jax.Array, past: list[KeyValue], place_B: jax.Array) -> tuple[jax.Array, list[KeyValue]]:
         """One new frame, all its tokens at once.
 
         Args:
             x_BNM: tokens at the model's width, without registers.
-            past: for each time layer keys and values (B, R + N, W, G, D) of the frames before, at places 0 to `place_B`.
+            past: for each time layer keys and values (B, R + N, G, W, D) of the frames before, at places 0 to `place_B`.
             place_B: int32, the frame's place.
 
         Returns:
@@ -399,7 +399,7 @@ class UnrolledTransformer:
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         if self.config.positions == "sinusoidal":
             M, S = self.config.model_dim, x_BSM.shape[1]
-            window, total = past[0][0].shape[2], S if before is None else before[0][0].shape[1]
+            window, total = past[0][0].shape[-2], S if before is None else before[0][0].shape[1]
             space_SM = jax.lax.dynamic_slice_in_dim(jnp.asarray(sinusoids(total, M)), start, S)
             x_BSM = x_BSM + jnp.asarray(sinusoids(window, M))[place_B][:, None] + space_SM
         x_BSM = x_BSM.astype(self.config.dtype)

@@ -64,7 +64,7 @@ class Cache:
     """Keys and values of two streams of frames that begin half a window apart.
 
     Attributes:
-        layers: for each time layer keys and values, each (2, B, R + N, W, G, D).
+        layers: for each time layer keys and values, each (2, B, R + N, G, W, D).
         num_frames: int32 scalar, frames so far.
     """
 
@@ -84,7 +84,7 @@ class CachedContext:
     def begin(self, x_BTNM: jax.Array) -> Cache:
         B, T = x_BTNM.shape[:2]
         width = self.tokens + self.transformer.config.num_registers
-        shape = self.transformer.kv_shape(2, B, width, self.window)
+        shape = (2, B, width, self.transformer.kv_heads, self.window, self.transformer.config.head_dim)
         dtype = self.transformer.config.dtype
         layers = [
             (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.transformer.num_time_layers)
@@ -95,7 +95,10 @@ class CachedContext:
             if begin < T:
                 _, kept = self.transformer.transformer.with_keys_values(x_BTNM[:, begin:])
                 layers = [
-                    tuple(old.at[place, :, :, : T - begin].set(new[k]) for old, new in zip(layers[k], kept, strict=True))
+                    tuple(
+                        old.at[place, :, :, :, : T - begin].set(new[k].swapaxes(2, 3))
+                        for old, new in zip(layers[k], kept, strict=True)
+                    )
                     for k in range(len(layers))
                 ]  # type: ignore[misc]
         return Cache(layers, jnp.asarray(T, jnp.int32))
@@ -117,9 +120,10 @@ class CachedContext:
 
     def first_token(self, opened: Any, x_B1M: jax.Array) -> tuple[jax.Array, State]:
         past, place_B = opened
-        shape = self.transformer.kv_shape(x_B1M.shape[0], self.tokens + self.transformer.config.num_registers)
-        dtype = self.transformer.config.dtype
-        empty = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in self.transformer.blocks]
+        config = self.transformer.config
+        width = self.tokens + config.num_registers
+        shape = (x_B1M.shape[0], width, self.transformer.kv_heads, config.head_dim)
+        empty = [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in self.transformer.blocks]
         y_B1O, so_far = self.transformer.tokens(x_B1M, past, place_B, empty, 0)
         return y_B1O[:, 0], so_far
 
@@ -129,7 +133,9 @@ class CachedContext:
         return y_B1O[:, 0], so_far
 
     def commit(self, cache: Cache, x_BNM: jax.Array) -> Cache:
-        stream, place = self._places(cache)
+        # By the context of the frame after: with an odd window, the frame that fills one stream begins it anew as well.
+        start = window_start(cache.num_frames + 1, self.window)
+        stream, place = (start // (self.window // 2)) % 2, cache.num_frames - start
         other = place - self.window // 2  # below 0: that stream has not begun, and place 0 is written again when it has
         B = x_BNM.shape[0]
         places_2 = jnp.where(jnp.arange(2) == stream, place, jnp.maximum(other, 0))
@@ -139,7 +145,7 @@ class CachedContext:
         rows_P = jnp.arange(2 * B)
         layers = [
             tuple(
-                old.at[rows_P, :, places_P].set(added).reshape(2, B, *old.shape[1:])
+                old.at[rows_P, :, :, places_P].set(added).reshape(2, B, *old.shape[1:])
                 for old, added in zip(layer, layer_new, strict=True)
             )
             for layer, layer_new in zip(flat, new, strict=True)

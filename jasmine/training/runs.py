@@ -6,14 +6,16 @@ their weights in `frozen/<name>/` of its own directory, in the layout of a run, 
 then depends on nothing outside, and goes on exactly though the other run is trained further, moved or deleted.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
+import logging
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +110,8 @@ class TrainedRun:
         path = self.path / "checkpoints" / str(self.step) / "state"
         checkpointer = ocp.PyTreeCheckpointer()
         try:
-            saved = checkpointer.metadata(path).item_metadata.tree
+            with _quiet():
+                saved = checkpointer.metadata(path).item_metadata.tree
             name = "ema" if saved.get("ema") else "params"
             have = _shapes(saved[name])
         except Exception as error:
@@ -226,6 +229,18 @@ def describe_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> s
     """The options that two runs' models differ in, as one line."""
     names = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
     return ", ".join(f"{name} {mine[name]} against {theirs[name]}" for name in names) or "weights only"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that a part of a checkpoint has no metadata file of its own; the checkpoint has it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

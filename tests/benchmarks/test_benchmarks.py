@@ -13,7 +13,7 @@ BENCHMARKS = {
     "data_layout": "layouts",
     "dataloader": "ratio_raw",
     "startup": "1x1_warm",
-    "train_step": "bfloat16",
+    "train_step": "baselines",
 }
 
 

@@ -15,6 +15,7 @@ from jasmine.models import quantized
 from jasmine.models.quantized import int8_product
 from jasmine.models.tokenizer import patchify
 from jasmine.models.transformer import SpaceTimeTransformer, TransformerConfig
+from jasmine.training.flops import product_flops
 from jasmine.training.mesh import AXES, MeshConfig, make_mesh
 from jasmine.training.model_config import ModelConfig
 from jasmine.training.optimizer import make_optimizer
@@ -111,6 +112,16 @@ def test_blocks_multiply_int8_forward_and_backward(options, forward, both):
 
     assert _int8_products(loss, state, x) == forward
     assert _int8_products(jax.grad(loss), state, x) == both
+
+
+def test_int8_products_count_as_work():
+    counts = []
+    for quantize in ("none", "int8"):
+        graph, state = _transformer(quantize=quantize)
+        counts.append(
+            product_flops(lambda state, x, graph=graph: nnx.merge(graph, state)(x), state, jnp.ones((2, 3, 4, 6)))
+        )
+    assert counts[0] == counts[1] > 0
 
 
 def test_parameters_are_those_of_the_model_without():

@@ -1,0 +1,36 @@
+"""Samples videos from a MaskGIT dynamics model (Genie, arXiv 2402.15391, section 2.1), with a cache of keys and values.
+
+    python jasmine/baselines/maskgit/sample_maskgit.py RUN --data_dir data/coinrun --num_frames 32
+    python jasmine/baselines/maskgit/sample_maskgit.py RUN --start_image frame.png --actions 7x8,5x8
+
+Expected: `sample.gif`, `sample.mp4` and `sample.json` in `RUN/samples/<step>/`.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+from jasmine.sampling import command
+from jasmine.training import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(command.SampleConfig):
+    """Options of sampling from a MaskGIT dynamics model."""
+
+    maskgit_steps: int | None = None
+    """Rounds of the schedule. Default: those the run was evaluated with."""
+    temperature: float = 1.0
+    """Of the draws of tokens; 0 takes the likeliest."""
+    choice_temperature: float = 1.0
+    """How much chance there is in which tokens are fixed first."""
+
+    def sampler_options(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "choice_temperature": self.choice_temperature} | (
+            {} if self.maskgit_steps is None else {"steps": self.maskgit_steps}
+        )
+
+
+if __name__ == "__main__":
+    with cli.exit_with_job():
+        command.run(Config, "train_dynamics_maskgit", sys.argv[1:], __doc__ or "")
