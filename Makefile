@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test lint lock
+.PHONY: setup demo world test lint lock
 setup: $(STAMP)
 
 # Installed only when the pins or the package's own metadata changed.
@@ -23,6 +23,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup
 	@$(BIN)/python scripts/demo.py
+
+# From nothing to a sampled video: data, tokenizer, latent actions, dynamics, GIF.
+world: setup
+	@$(BIN)/python scripts/world.py
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)

@@ -22,8 +22,8 @@ from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.mesh import make_mesh
 from jasmine.training.optimizer import make_optimizer
 from jasmine.training.sharding import ShardingRules
-from jasmine.training.task import DataInfo
 from jasmine.training.state import ModelDefinition, abstract_state, initial_state
+from jasmine.training.task import DataInfo
 
 SMALL = Config(data_dir="unused", model_dim=128, ffn_dim=512, num_blocks=2)
 DEFAULT = Config(data_dir="unused")

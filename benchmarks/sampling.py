@@ -5,9 +5,9 @@ for every pass, which is what the published Jasmine does.
 
 16 tokens a frame (64×64 frames in patches of 16), windows of 16 frames, 8 heads, feed-forward four times the width, untrained
 weights. Each sampler makes the frames 1 to 16 of a window from one given frame. MaskGIT: 25 steps, of which both ways run
-the same passes (those that fix a token); diffusion: 64 levels, and 4 steps of a model with shortcuts; causal: 16 tokens. The two
-ways take turns, so that their ratio holds on a noisy machine; figures are medians. `flat` is the time of a frame far beyond
-the window over that of a frame within it. The last line is one JSON object.
+the same passes (those that fix a token); diffusion: 64 levels, and 4 steps of a model with shortcuts; causal: 16 tokens. The
+two ways take turns, so that their ratio holds on a noisy machine; figures are medians. `flat` is the time of a frame far
+beyond the window over that of a frame within it. The last line is one JSON object.
 """
 
 import argparse
@@ -36,14 +36,12 @@ from jasmine.sampling.samplers import (
 WINDOW, TOKENS, CODES, LATENT_DIM, LEVELS = 16, 16, 1024, 32, 64
 
 
-def make_samplers(config: TransformerConfig) -> dict[str, Callable[[Any], FrameSampler]]:
-    """Name -> from the live model to its sampler; and beside it, under `module`, the untrained model."""
-    return {
-        "maskgit": lambda model: MaskGITSampler(model, steps=25),
-        "causal": CausalSampler,
-        "diffusion": DiffusionSampler,
-        "diffusion_shortcut": DiffusionSampler,
-    }
+SAMPLERS: dict[str, Callable[[Any], FrameSampler]] = {
+    "maskgit": lambda model: MaskGITSampler(model, steps=25),
+    "causal": CausalSampler,
+    "diffusion": DiffusionSampler,
+    "diffusion_shortcut": DiffusionSampler,
+}
 
 
 def make_model(name: str, config: TransformerConfig) -> nnx.Module:
@@ -68,7 +66,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def measure(name: str, config: TransformerConfig, batch: int, rounds: int, uncached_frames: int) -> dict[str, float]:
     """Frames/s of both ways, their ratio, and how flat the cost of a frame is."""
-    make_sampler = make_samplers(config)[name]
+    make_sampler = SAMPLERS[name]
     graph, weights = nnx.split(make_model(name, config))
     if name.startswith("diffusion"):
         prompt = jax.random.normal(jax.random.key(1), (batch, 1, TOKENS, LATENT_DIM))
@@ -85,7 +83,10 @@ def measure(name: str, config: TransformerConfig, batch: int, rounds: int, uncac
         compiled = jax.jit(run).lower(weights, prompt, actions[:, : 1 + frames]).compile()
         return lambda: compiled(weights, prompt, actions[:, : 1 + frames])
 
-    ways = {"cached": (video(True, WINDOW - 1), WINDOW - 1), "recomputed": (video(False, uncached_frames), uncached_frames)}
+    ways = {
+        "cached": (video(True, WINDOW - 1), WINDOW - 1),
+        "recomputed": (video(False, uncached_frames), uncached_frames),
+    }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for function, _ in ways.values():
         seconds(function)
@@ -139,7 +140,10 @@ def main() -> None:
                 # Recomputing takes long, and all its frames cost the same: a few tell its speed.
                 figures = measure(name, config, batch, 2 if options.quick else 5, 1 if options.quick else 2)
                 result[f"{name}_dim{dim}_batch{batch}"] = figures
-                print(f"{name:18s} dim {dim} batch {batch}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+                print(
+                    f"{name:18s} dim {dim} batch {batch}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()),
+                    flush=True,
+                )
     print(json.dumps(result))
 
 

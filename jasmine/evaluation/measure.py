@@ -212,7 +212,7 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
     inferred = _Collected()
     for _, rows, real in plan.batches(len(clips.videos)):
         known = None if clips.actions is None else clips.actions[rows]
-        inferred.add(real, actions=_infer_actions(world, clips.videos[rows], known))
+        inferred.add(real, actions=world.infer_actions(clips.videos[rows], known))
     own = inferred["actions"]
     random = np.random.default_rng(plan.seed).integers(0, world.num_actions, own.shape, dtype=own.dtype)
     actions = {"generated": own, "random": random, "other": np.roll(own, 1, axis=0)}
@@ -224,7 +224,7 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         prompt, key = videos[:, :P], jax.random.fold_in(jax.random.key(plan.seed), number)
         guesses = {
             **{name: _pixels(world.generate(prompt, chosen[rows], key=key)) for name, chosen in actions.items()},
-            "reconstruction": _reconstruct(world, videos),
+            "reconstruction": _pixels(world.reconstruct(videos)),
             "copy": np.concatenate([prompt, prompt[:, -1:].repeat(S - P, axis=1)], axis=1),
         }
         quality = {name: _quality(videos, guess) for name, guess in guesses.items()}
@@ -302,21 +302,6 @@ def world_model(world: WorldModel, clips: Clips, plan: Plan, features: Features 
         ],
         notes=notes,
     )  # fmt: skip
-
-
-def _infer_actions(world: WorldModel, videos: np.ndarray, known: np.ndarray | None) -> np.ndarray:
-    """As `WorldModel.infer_actions`, in windows of at most the trained length, which share a frame; the last entry is 0."""
-    parts = []
-    for start in range(0, videos.shape[1] - 1, world.seq_len - 1):
-        part = slice(start, start + world.seq_len)
-        parts.append(world.infer_actions(videos[:, part], None if known is None else known[:, part])[:, :-1])
-    return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, 1)))
-
-
-def _reconstruct(world: WorldModel, videos: np.ndarray) -> np.ndarray:
-    """The tokenizer's round trip as uint8, in windows of at most the trained length."""
-    starts = range(0, videos.shape[1], world.seq_len)
-    return np.concatenate([_pixels(world.reconstruct(videos[:, s : s + world.seq_len])) for s in starts], axis=1)
 
 
 # --- what they share ----------------------------------------------------------------------------------------------

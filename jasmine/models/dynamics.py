@@ -14,6 +14,7 @@ Shape key:
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,9 @@ from jasmine.models.transformer import Block, SpaceTimeTransformer, TransformerC
 class ActionTokens(nnx.Module):
     """One token for each frame: the action that leads to it, or a learned token where that is not known, as at frame 0."""
 
-    def __init__(
-        self, *, num_actions: int | None, latent_action_dim: int, model: TransformerConfig, rngs: nnx.Rngs
-    ):
+    def __init__(self, *, num_actions: int | None, latent_action_dim: int, model: TransformerConfig, rngs: nnx.Rngs):
         """num_actions: of the learned table of true actions; None where actions come as codes of a latent action model."""
-        known = num_actions is not None
-        self.table = Embedding(num_actions, latent_action_dim, logical=None, rngs=rngs, std=1.0) if known else None
+        self.table: Any = None if num_actions is None else Embedding(num_actions, latent_action_dim, rngs=rngs, std=1.0)
         self.up = Linear(
             (latent_action_dim,), (model.model_dim,), logical=(None, "embed"), dtype=model.dtype, rngs=rngs
         )
@@ -63,7 +61,7 @@ class WorldModel(nnx.Module):
     def __init__(self, dynamics: nnx.Module, actions: ActionTokens, lam: LatentActionEncoder | None):
         self.dynamics = dynamics
         self.actions = actions
-        self.lam = lam
+        self.lam: Any = lam
 
 
 class DynamicsMaskGIT(nnx.Module):
@@ -94,7 +92,7 @@ class DynamicsMaskGIT(nnx.Module):
         return self.transformer(x_BTNM, dropout_key)[:, :, 1:].astype(jnp.float32)
 
 
-def random_mask(key: jax.Array, shape: tuple[int, int, int], mask_limit: float) -> jax.Array:
+def random_mask(key: jax.Array, shape: tuple[int, ...], mask_limit: float) -> jax.Array:
     """Which tokens of clips (B, T, N) to mask in training: each with a chance drawn for its clip between `mask_limit` and 1,
     none in the first frame."""
     chance_key, mask_key = jax.random.split(key)
@@ -142,9 +140,7 @@ class DynamicsCausal(nnx.Module):
         known_BTNM = jnp.pad(self.look_back(token_BTN[:, :-1]), ((0, 0), (1, 0), (0, 0), (0, 0)))
         return self.embed(token_BTN, action_BTM, known_BTNM)
 
-    def __call__(
-        self, token_BTN: jax.Array, action_BTM: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, token_BTN: jax.Array, action_BTM: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits of every token given those before it, (B, T, N, V) float32."""
         return self.transformer(self.of_clip(token_BTN, action_BTM), dropout_key).astype(jnp.float32)
 

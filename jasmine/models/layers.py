@@ -90,7 +90,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A learned vector for each of `num` indices; normal with a standard deviation of 0.02 or as given."""
 
-    def __init__(self, num: int, size: int, *, logical: str | None, rngs: nnx.Rngs, std: float = 0.02):
+    def __init__(self, num: int, size: int, *, logical: str | None = None, rngs: nnx.Rngs, std: float = 0.02):
         table = std * jax.random.normal(rngs.params(), (num, size), jnp.float32)
         self.table = nnx.Param(table, logical=(None, logical))
 

@@ -108,8 +108,8 @@ class SelfAttention(nnx.Module):
             self.kv = Linear(width, (2, kv_heads, head_dim), logical=("embed", None, "heads", None), **kind)
         else:
             self.qkv = Linear(width, (3, heads, head_dim), logical=("embed", None, "heads", None), **kind)
-        self.q_norm = RMSNorm(head_dim, logical=None) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, logical=None) if config.qk_norm else None
+        self.q_norm: Any = RMSNorm(head_dim, logical=None) if config.qk_norm else None
+        self.k_norm: Any = RMSNorm(head_dim, logical=None) if config.qk_norm else None
         self.out = Linear((heads, head_dim), width, logical=("heads", None, "embed"), **kind)
 
     def project(self, x_XM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -200,8 +200,8 @@ class Block(nnx.Module):
         self.dropout = config.dropout
         self.space_norm = config.make_norm()
         self.space_attention = SelfAttention(config, causal=config.space_causal, rngs=rngs)
-        self.time_norm = config.make_norm() if time else None
-        self.time_attention = SelfAttention(config, causal=config.time_causal, rngs=rngs) if time else None
+        self.time_norm: Any = config.make_norm() if time else None
+        self.time_attention: Any = SelfAttention(config, causal=config.time_causal, rngs=rngs) if time else None
         self.ffn_norm = config.make_norm()
         self.ffn = FeedForward(config, rngs)
 

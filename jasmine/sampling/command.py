@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from PIL import Image
 
+from jasmine.data.episodes import EpisodeDataset
 from jasmine.data.sampling import WindowSampler
 from jasmine.data.tokens import TokenDataset, open_training_data
 from jasmine.errors import UserError
@@ -51,7 +53,9 @@ class SampleConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         if self.prompt_frames >= self.num_frames:
-            raise UserError(f"--prompt_frames={self.prompt_frames} leaves none of --num_frames={self.num_frames} to make")
+            raise UserError(
+                f"--prompt_frames={self.prompt_frames} leaves none of --num_frames={self.num_frames} to make"
+            )
         if self.start_image and self.prompt_frames > 1:
             raise UserError(f"--prompt_frames={self.prompt_frames}: --start_image is one frame")
         if self.start_image and self.actions == "recorded":
@@ -69,7 +73,9 @@ def typed_actions(text: str, count: int, num_actions: int) -> np.ndarray:
         action, _, times = part.strip().partition("x")
         number = "-1" if action == "?" else action
         if not number.removeprefix("-").isdigit() or (times and not times.isdigit()):
-            raise UserError(f"--actions={text}: {part.strip()!r} is no action; give recorded, random, or a list such as 0,3x5,?")
+            raise UserError(
+                f"--actions={text}: {part.strip()!r} is no action; give recorded, random, or a list such as 0,3x5,?"
+            )
         if not -1 <= int(number) < num_actions:
             raise UserError(f"--actions={text}: the model knows actions 0 to {num_actions - 1}, not {action}")
         actions += [int(number)] * int(times or 1)
@@ -111,7 +117,9 @@ def sample(config: SampleConfig, run: str, job: str) -> None:
     columns = [Column("sampled", video)]
     if config.actions == "recorded":
         truth = clips.astype(np.float32) / 255
-        psnr, ssim = (np.asarray(metric(truth, video)).mean(0) for metric in (frame_psnr, frame_ssim))
+        psnr, ssim = (
+            np.asarray(metric(jnp.asarray(truth), jnp.asarray(video))).mean(0) for metric in (frame_psnr, frame_ssim)
+        )
         record |= {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
         columns.insert(0, Column("true", clips))
         plot = curve_plot({"PSNR": psnr}, "PSNR (dB)", config.prompt_frames)
@@ -148,13 +156,17 @@ def _start(config: SampleConfig, world: World) -> tuple[np.ndarray, np.ndarray, 
         split = "train" if not config.data_dir and not world.run.config.val_data_dir else "val"
         dataset = open_training_data(path, split)
         if isinstance(dataset, TokenDataset):
-            raise UserError(f"{path} holds tokens, and a video starts from frames; name the dataset they were made from")
+            raise UserError(
+                f"{path} holds tokens, and a video starts from frames; name the dataset they were made from"
+            )
         recorded = config.actions == "recorded"
         needed = config.num_frames if recorded else config.prompt_frames
         sampler = WindowSampler(dataset.lengths, needed, config.seed, source=path)
         episodes, starts = sampler.windows(0, config.num_clips)
         clips, true_actions = dataset.read_windows(episodes, starts, needed)
         fps = dataset.fps
+        if world.action_kind == "true" and isinstance(dataset, EpisodeDataset):
+            names = tuple(dataset.index.metadata.get("action_names", ()))
         if recorded:
             return clips, world.infer_actions(clips, true_actions), names, fps
     if config.actions == "random":

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jasmine.models.transformer import KeyValue, SpaceTimeTransformer, UnrolledTransformer
+from jasmine.models.transformer import SpaceTimeTransformer, UnrolledTransformer
 
 State = Any
 
@@ -68,7 +68,7 @@ class Cache:
         num_frames: int32 scalar, frames so far.
     """
 
-    layers: list[KeyValue]
+    layers: list[Any]
     num_frames: jax.Array
 
 
@@ -86,7 +86,7 @@ class CachedContext:
         width = self.tokens + self.transformer.config.num_registers
         shape = (2, B, width, self.transformer.kv_heads, self.window, self.transformer.config.head_dim)
         dtype = self.transformer.config.dtype
-        layers = [
+        layers: list[Any] = [
             (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.transformer.num_time_layers)
         ]
         start = window_start(T, self.window)
@@ -100,7 +100,7 @@ class CachedContext:
                         for old, new in zip(layers[k], kept, strict=True)
                     )
                     for k in range(len(layers))
-                ]  # type: ignore[misc]
+                ]
         return Cache(layers, jnp.asarray(T, jnp.int32))
 
     def _places(self, cache: Cache) -> tuple[jax.Array, jax.Array]:
@@ -108,11 +108,11 @@ class CachedContext:
         start = window_start(cache.num_frames, self.window)
         return (start // (self.window // 2)) % 2, cache.num_frames - start
 
-    def open(self, cache: Cache) -> tuple[list[KeyValue], jax.Array]:
+    def open(self, cache: Cache) -> tuple[list[Any], jax.Array]:
         stream, place = self._places(cache)
         # The one copy of the cache that a frame costs, so that its passes read arrays of their own.
         past = [tuple(jax.lax.dynamic_index_in_dim(a, stream, 0, False) for a in layer) for layer in cache.layers]
-        return past, jnp.broadcast_to(place, past[0][0].shape[:1])  # type: ignore[return-value]
+        return past, jnp.broadcast_to(place, past[0][0].shape[:1])
 
     def frame(self, opened: Any, x_BNM: jax.Array) -> jax.Array:
         past, place_B = opened
@@ -141,7 +141,7 @@ class CachedContext:
         places_2 = jnp.where(jnp.arange(2) == stream, place, jnp.maximum(other, 0))
         places_P = jnp.repeat(places_2, B)  # both streams as one batch of twice the size
         flat = [tuple(a.reshape(2 * B, *a.shape[2:]) for a in layer) for layer in cache.layers]
-        _, new = self.transformer.frame(jnp.tile(x_BNM, (2, 1, 1)), flat, places_P)  # type: ignore[arg-type]
+        _, new = self.transformer.frame(jnp.tile(x_BNM, (2, 1, 1)), flat, places_P)
         rows_P = jnp.arange(2 * B)
         layers = [
             tuple(
@@ -150,7 +150,7 @@ class CachedContext:
             )
             for layer, layer_new in zip(flat, new, strict=True)
         ]
-        return Cache(layers, cache.num_frames + 1)  # type: ignore[arg-type]
+        return Cache(layers, cache.num_frames + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,7 @@ class FrameSampler(Protocol):
     ) -> jax.Array:
         """The next frame, given the one before it and the action that leads to it."""
 
-    def embed(
-        self, frame_BN: jax.Array, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    def embed(self, frame_BN: jax.Array, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array) -> jax.Array:
         """A finished frame as later frames see it, embedded (B, width, M)."""
 
 
@@ -87,7 +85,9 @@ def rollout(
 def make_context(sampler: FrameSampler, num_tokens: int, window: int, cached: bool = True) -> Context:
     """The context that `next_frame` and `rollout` use for frames of `num_tokens`."""
     if window < 2:
-        raise UserError(f"a window of {window} frame holds no frame before the one to make; train with --seq_len of at least 2")
+        raise UserError(
+            f"a window of {window} frame holds no frame before the one to make; train with --seq_len of at least 2"
+        )
     transformer, width = sampler.dynamics.transformer, sampler.width(num_tokens)
     if cached:
         return CachedContext(UnrolledTransformer(transformer), window, width)
@@ -200,7 +200,7 @@ class CausalSampler:
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
     ) -> jax.Array:
-        B, N = previous_BN.shape
+        N = previous_BN.shape[1]
         known_BNM = self.dynamics.look_back(previous_BN)
         choose = functools.partial(draw, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         x_B1M = action_BM[:, None] + known_BNM[:, :1]
@@ -288,9 +288,7 @@ class DiffusionSampler:
         return jax.lax.scan(denoise, noise_BNL, jnp.arange(steps))[0]
 
 
-def draw(
-    key: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> jax.Array:
+def draw(key: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
     """Int32 indices (X) drawn from logits, float32 (X, V); see `CausalSampler` for the options."""
     if temperature == 0:
         return jnp.argmax(logits_XV, axis=-1).astype(jnp.int32)

@@ -1,12 +1,12 @@
 """A trained world: a dynamics run with its tokenizer and actions, opened to make videos.
 
-    world = load_world("runs/dynamics")
-    video = world.generate(prompt, actions, key=jax.random.key(0))
+world = load_world("runs/dynamics")
+video = world.generate(prompt, actions, key=jax.random.key(0))
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,32 +76,36 @@ class World:
 
         def infer(weights: Any, videos: jax.Array) -> jax.Array:
             model, frozen = self._modules(weights)
-            return self.task.action_index(model, frozen, {"videos": videos})
+            W, T = self.seq_len, videos.shape[1]
+            # Windows that share a frame: an action is read off the frame that it leads to.
+            pieces = [videos[:, begin : begin + W] for begin in range(0, max(T - 1, 1), W - 1)]
+            indices = [self.task.action_index(model, frozen, {"videos": piece}) for piece in pieces]
+            return jnp.concatenate(indices, axis=1)
 
         def generate(weights: Any, prompt: jax.Array, actions: jax.Array, key: jax.Array) -> jax.Array:
             model, frozen = self._modules(weights)
-            tokens = self.task.tokens(frozen, {"videos": prompt})
+            tokens = self._encode(frozen, prompt)
             made = self.task.generate(model, frozen, tokens, actions, key, cached=self.cached, **self.options)
-            return self._decode(frozen["tokenizer"], made)
+            return self._windowed(frozen["tokenizer"].decode, made)
 
         def reconstruct(weights: Any, videos: jax.Array) -> jax.Array:
             _, frozen = self._modules(weights)
-            return self._decode(frozen["tokenizer"], self.task.tokens(frozen, {"videos": videos}))
+            return self._windowed(frozen["tokenizer"].decode, self._encode(frozen, videos))
 
         return {function.__name__: jax.jit(function) for function in (infer, generate, reconstruct)}
 
-    def _decode(self, tokenizer: Any, tokens_BSN: jax.Array) -> jax.Array:
-        """Frames of tokens, each decoded with those before it, but never with more than a training window of them."""
-        window = self.seq_len
-        S = tokens_BSN.shape[1]
-        pieces = [tokenizer.decode(tokens_BSN[:, : min(S, window)])]
-        # Further pieces overlap by half a window, whose frames give the decoder its past, and are decoded already.
-        done = min(S, window)
-        while done < S:
-            begin = done - window // 2
-            piece = tokenizer.decode(tokens_BSN[:, begin : begin + window])
-            pieces.append(piece[:, done - begin :])
-            done = min(S, begin + window)
+    def _encode(self, frozen: Any, videos: jax.Array) -> jax.Array:
+        return self._windowed(lambda piece: self.task.tokens(frozen, {"videos": piece}), videos)
+
+    def _windowed(self, function: Callable[[jax.Array], jax.Array], frames_BT: jax.Array) -> jax.Array:
+        """Applies what is causal in time to windows of the trained length. Each but the first begins with half a window of
+        frames that the one before has done: they are only there to be looked back at."""
+        W, T = self.seq_len, frames_BT.shape[1]
+        pieces, done = [function(frames_BT[:, :W])], min(W, T)
+        while done < T:
+            begin = done - W // 2
+            pieces.append(function(frames_BT[:, begin : begin + W])[:, done - begin :])
+            done = min(begin + W, T)
         return jnp.concatenate(pieces, axis=1)
 
     def infer_actions(self, videos_BTHWC: np.ndarray, actions_BT: np.ndarray | None = None) -> np.ndarray:
@@ -140,7 +144,9 @@ class World:
         if not 1 <= prompt.shape[1] <= actions.shape[1]:
             raise UserError(f"a prompt of {prompt.shape[1]} frames for a video of {actions.shape[1]}")
         if actions.max(initial=0) >= self.num_actions or actions.min(initial=0) < -1:
-            raise UserError(f"actions from {actions.min()} to {actions.max()}: {self.run.path} knows 0 to {self.num_actions - 1}")
+            raise UserError(
+                f"actions from {actions.min()} to {actions.max()}: {self.run.path} knows 0 to {self.num_actions - 1}"
+            )
         return self._compiled["generate"](self._weights, prompt, actions[:, :-1], key)
 
     def reconstruct(self, videos_BTHWC: np.ndarray) -> jax.Array:

@@ -116,12 +116,15 @@ class DynamicsTask(BaseTask):
                 f"--patch_size={config.patch_size}, but the tokenizer {tokenizer.path} has patches of "
                 f"{tokenizer.config.patch_size}; leave the option out"
             )
-        if config.action_kind == "true" and self.num_actions is None:
+        num_actions = self.num_actions
+        if num_actions is None:
             raise UserError(
                 "--use_gt_actions: the data does not say how many actions it has, or has none; if it has, give --num_actions"
             )
-        if config.action_kind == "true" and data.num_actions and self.num_actions < data.num_actions:
-            raise UserError(f"--num_actions={config.num_actions}, but the data has actions up to {data.num_actions - 1}")
+        if config.action_kind == "true" and data.num_actions and num_actions < data.num_actions:
+            raise UserError(
+                f"--num_actions={config.num_actions}, but the data has actions up to {data.num_actions - 1}"
+            )
         if config.action_kind == "frozen" and self.frozen["lam"].data.frame_shape != data.frame_shape:
             raise UserError(
                 f"--lam_checkpoint={self.frozen['lam'].path}: it was trained on frames of "
@@ -137,19 +140,21 @@ class DynamicsTask(BaseTask):
         assert tokens is not None
         if self.config.action_kind == "trained":
             raise UserError(
-                "--data_dir holds tokens, and a latent action model that is trained along needs frames; give --use_gt_actions or "
-                "--lam_checkpoint, or name the dataset the tokens were made from"
+                "--data_dir holds tokens, and a latent action model that is trained along needs frames; give "
+                "--use_gt_actions or --lam_checkpoint, or name the dataset the tokens were made from"
             )
         for name, maker in (("tokenizer", tokens.tokenizer), ("lam", tokens.lam)):
             if name not in self.frozen:
                 continue
             run = self.frozen[name]
             if maker is None:
-                raise UserError("--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it")
+                raise UserError(
+                    "--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it"
+                )
             if maker.fingerprint != run.fingerprint():
                 raise UserError(
-                    f"--{name}_checkpoint={run.path} (step {run.step}) is not what made the tokens in --data_dir: that was step "
-                    f"{maker.step} of {maker.path}; tokenize the data with this one, or name that one"
+                    f"--{name}_checkpoint={run.path} (step {run.step}) is not what made the tokens in --data_dir: that was "
+                    f"step {maker.step} of {maker.path}; tokenize the data with this one, or name that one"
                 )
 
     @property
@@ -158,7 +163,11 @@ class DynamicsTask(BaseTask):
         kind = self.config.action_kind
         if kind == "true":
             return self.config.num_actions or self.data.num_actions
-        return self.frozen["lam"].config.num_latents if kind == "frozen" else self.config.num_actions or PUBLISHED_NUM_ACTIONS
+        return (
+            self.frozen["lam"].config.num_latents
+            if kind == "frozen"
+            else self.config.num_actions or PUBLISHED_NUM_ACTIONS
+        )
 
     def world(self, dynamics: nnx.Module, rngs: nnx.Rngs) -> WorldModel:
         """The trained model around a dynamics model."""
@@ -204,7 +213,7 @@ class DynamicsTask(BaseTask):
 
     def prepare(self, frozen: Modules, batch: Batch) -> Batch:
         """`tokens`, whichever kind, and of a frozen latent action model `action_index` (B, T - 1) and `action_code`."""
-        prepared = {name: batch[name] for name in ("actions", "labelled") if name in batch}
+        prepared: Batch = {name: batch[name] for name in ("actions", "labelled") if name in batch}
         prepared["tokens"] = self.tokens(frozen, batch)
         if self.config.action_kind == "frozen":
             prepared["action_index"] = self.action_index(None, frozen, batch)
@@ -220,7 +229,7 @@ class DynamicsTask(BaseTask):
             return batch["actions"][:, :-1]
         if "latent_actions" in batch:
             return batch["latent_actions"][:, :-1]
-        lam = frozen["lam"] if kind == "frozen" else model.lam  # type: ignore[union-attr]
+        lam: Any = frozen["lam"] if kind == "frozen" else model.lam  # type: ignore[union-attr]
         return lam.encode_actions(batch["videos"].astype(jnp.float32) / 255)
 
     def action_tokens(self, model: WorldModel, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -232,7 +241,7 @@ class DynamicsTask(BaseTask):
         elif kind == "frozen":
             code_BTA = batch["action_code"]
         else:
-            quantized = model.lam(batch["videos"].astype(jnp.float32) / 255)  # type: ignore[misc]
+            quantized = model.lam(batch["videos"].astype(jnp.float32) / 255)
             code_BTA = scaled(quantized.straight_XL)
             q_loss, commitment_loss = quantized.losses()
             extra = q_loss + self.config.vq_beta * commitment_loss
@@ -246,7 +255,7 @@ class DynamicsTask(BaseTask):
         index_X = jnp.maximum(index_X, 0)
         if self.config.action_kind == "true":
             return model.actions(model.actions.table(index_X), known_X)
-        vq = frozen["lam"].vq if self.config.action_kind == "frozen" else model.lam.vq  # type: ignore[union-attr]
+        vq = frozen["lam"].vq if self.config.action_kind == "frozen" else model.lam.vq
         return model.actions(scaled(vq.lookup(index_X)), known_X)
 
     # --- sampling and evaluation --------------------------------------------------------------------------------
@@ -279,24 +288,24 @@ class DynamicsTask(BaseTask):
 
         Returns:
             `psnr`, `ssim` of the sampled last frame; `psnr_copy` of the frame before it in its place, as the tokenizer
-            shows it; `delta_psnr`: how much worse a random action makes it. The picture `rollout`.
+            shows it; `delta_psnr`: how much worse another clip's action makes it. The picture `rollout`.
         """
         decode = frozen["tokenizer"].decode
         token_BTN = self.tokens(frozen, batch)
         true_BT = self.action_index(model, frozen, batch)
         recon_BTHWC = decode(token_BTN)
         truth_BTHWC = batch["videos"].astype(jnp.float32) / 255 if "videos" in batch else recon_BTHWC
-        random_B = jax.random.randint(keys["random_actions"], true_BT.shape[:1], 0, self.num_actions)
+        other_B = jnp.roll(true_BT[:, -1], 1)
         key = keys["sample"]
         made = self.generate(model, frozen, token_BTN[:, :-1], true_BT, key)
-        other = self.generate(model, frozen, token_BTN[:, :-1], true_BT.at[:, -1].set(random_B), key)
-        with_true, with_random = (decode(video)[:, -1:] for video in (made, other))
+        other = self.generate(model, frozen, token_BTN[:, :-1], true_BT.at[:, -1].set(other_B), key)
+        with_true, with_other = (decode(video)[:, -1:] for video in (made, other))
         last = truth_BTHWC[:, -1:]
         metrics = {
             "psnr": psnr(last, with_true),
             "ssim": ssim(last, with_true),
             "psnr_copy": psnr(last, recon_BTHWC[:, -2:-1]),
-            "delta_psnr": psnr(last, with_true) - psnr(last, with_random),
+            "delta_psnr": psnr(last, with_true) - psnr(last, with_other),
         }
         shown = min(4, token_BTN.shape[0])
         clip = self.generate(model, frozen, token_BTN[:shown, :1], true_BT[:shown], key)

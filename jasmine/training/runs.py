@@ -170,7 +170,9 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> Tra
     """
     path = find_run(run, option)
     if not (path / CONFIG_NAME).exists():
-        raise UserError(f"{option}={run}: {path} has no {CONFIG_NAME}, so it is not the directory of a run that has trained")
+        raise UserError(
+            f"{option}={run}: {path} has no {CONFIG_NAME}, so it is not the directory of a run that has trained"
+        )
     try:
         record = json.loads((path / CONFIG_NAME).read_text())
         job, options, data = record["job"], record["config"], record["data"]
@@ -190,7 +192,9 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> Tra
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path / CONFIG_NAME}: {where}: {first['msg']}; was the run made by another version?") from error
+        raise UserError(
+            f"{path / CONFIG_NAME}: {where}: {first['msg']}; was the run made by another version?"
+        ) from error
     return TrainedRun(path, job, config, info, max(steps), module.Task(config, info, frozen_parts(config, path)))
 
 

@@ -75,6 +75,7 @@ class BaseTask(abc.ABC):
     data: DataInfo
     frozen: "Mapping[str, TrainedRun]" = dataclasses.field(default_factory=dict)
 
+    @abc.abstractmethod
     def check(self) -> None:
         """Raises UserError where the options do not fit the data or each other."""
 
