@@ -81,6 +81,7 @@ BASELINES = {
     "maskgit.train_dynamics_causal": "maskgit.train_tokenizer_vqvae",
     "diffusion.train_dynamics_diffusion": "diffusion.train_tokenizer_mae",
 }
+QUICK = ("train_tokenizer_vqvae", "train_dynamics_maskgit")
 
 
 def model_options(baseline: str, shape: Shape) -> dict[str, Any]:
@@ -292,10 +293,8 @@ def show(title: str, sides: dict[str, Any]) -> None:
 def main() -> None:
     names = {baseline.rpartition(".")[2]: baseline for baseline in BASELINES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="float32 alone, and 3 steps instead of 30")
-    parser.add_argument(
-        "--baselines", nargs="+", choices=names, default=list(names), metavar="JOB", help="default: all"
-    )
+    parser.add_argument("--quick", action="store_true", help="two baselines, float32 alone, and 3 steps instead of 30")
+    parser.add_argument("--baselines", nargs="+", choices=names, metavar="JOB", help="default: all; of --quick, two")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full", "offload"), help="of ours")
     parser.add_argument(
@@ -327,7 +326,7 @@ def main() -> None:
         "shape": asdict(shape),
         "baselines": {},
     }
-    for name in options.baselines:
+    for name in options.baselines or (QUICK if options.quick else names):
         baseline = names[name]
         contenders: dict[tuple[str, str], Contender] = {}
         for dtype in DTYPES[:1] if options.quick else DTYPES:

@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from jasmine.data.episodes import EpisodeWriter  # noqa: E402
+from tests.jobs import Family  # noqa: E402
 
 
 def moving_squares(rng: np.random.Generator, frames: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -42,3 +43,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for index in range(episodes):
                 writer.write(*moving_squares(rng, 20 + index))
     return root
+
+
+@pytest.fixture(scope="session")
+def family(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A brief run of every baseline, by the names of `tests.jobs.FAMILY`."""
+    return Family(tiny_data, tmp_path_factory.mktemp("family"))

@@ -16,12 +16,42 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 TOKENIZER = REPO / "jasmine" / "baselines" / "maskgit" / "train_tokenizer_vqvae.py"
 FAULTY = REPO / "tests" / "training" / "faulty_job.py"
+BASELINES = {path.stem: path for path in (REPO / "jasmine" / "baselines").rglob("train_*.py")}
 
 # Small enough that a step takes milliseconds; float32, since curves are compared.
 TINY = shlex.split(
     "--seq_len 4 --batch_size 8 --model_dim 16 --ffn_dim 32 --num_blocks 1 --num_heads 2 --patch_size 8 --num_latents 16 "
     "--latent_dim 8 --dtype float32 --log_interval 1 --num_steps 40 --log_checkpoint_interval 10 --log_batch_checksum"
 )
+
+# The same for all baselines, with a learning rate at which a few steps tell two curves apart.
+SMALL = shlex.split(
+    "--seq_len 4 --batch_size 8 --model_dim 16 --ffn_dim 32 --num_blocks 1 --num_heads 2 --dtype float32 --log_interval 1 "
+    "--num_steps 6 --warmup_steps 0 --wsd_decay_steps 0 --max_lr 3e-3 --log_checkpoint_interval 2 --log_batch_checksum"
+)
+FAMILY = {
+    "vqvae": ("train_tokenizer_vqvae", "--patch_size 8 --latent_dim 8 --num_latents 16"),
+    "mae": ("train_tokenizer_mae", "--patch_size 8 --latent_dim 8"),
+    "lam": ("train_lam", "--patch_size 8 --latent_dim 8 --num_latents 5"),
+    "maskgit": (
+        "train_dynamics_maskgit",
+        "--tokenizer_checkpoint {vqvae} --num_actions 5 --latent_action_dim 8 --lam_dim 16 --lam_ffn_dim 32 "
+        "--lam_num_blocks 1 --lam_num_heads 2 --lam_patch_size 8",
+    ),
+    "causal": ("train_dynamics_causal", "--tokenizer_checkpoint {vqvae} --lam_checkpoint {lam}"),
+    "diffusion": (
+        "train_dynamics_diffusion",
+        "--tokenizer_checkpoint {mae} --use_gt_actions --label_fraction 0.5 --diffusion_denoise_steps 8",
+    ),
+    "dreamer": (
+        "train_dynamics_diffusion",
+        "--tokenizer_checkpoint {mae} --use_gt_actions --diffusion_denoise_steps 8 --shortcut --norm rms --positions rope "
+        "--ffn swiglu --qk_norm --logit_soft_cap 20 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --time_every 2 "
+        "--num_registers 2",
+    ),
+}
+"""Every baseline once, by a short name: its job, and options besides SMALL; `{name}` is another one's run directory."""
+QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def free_port() -> int:
@@ -99,6 +129,25 @@ def run(args: Sequence[str], *, expect: int | None = 0, **options) -> Job:
     if expect is not None:
         assert codes == [expect] * len(codes), f"exit codes {codes}\n" + "\n---\n".join(map("".join, job.outputs))
     return job
+
+
+class Family:
+    """Runs of six steps of every baseline, each trained when it is first asked for: `family["lam"]` is its directory."""
+
+    def __init__(self, data: Path, root: Path):
+        self.data, self.root = data, root
+
+    def args(self, name: str, run_dir: Path, *more: str) -> list[str]:
+        """The command line of a run like `family[name]`, elsewhere."""
+        options = shlex.split(FAMILY[name][1])
+        options = [str(self[option[1:-1]]) if option.startswith("{") else option for option in options]
+        return [*SMALL, *options, "--data_dir", str(self.data), "--ckpt_dir", str(run_dir), *more]
+
+    def __getitem__(self, name: str) -> Path:
+        run_dir = self.root / name
+        if not run_dir.exists():
+            run(self.args(name, run_dir), script=BASELINES[FAMILY[name][0]], env=QUICK_COMPILE)
+        return run_dir
 
 
 def metrics(run_dir: Path, key: str) -> dict[int, float]:

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+
+from jasmine.models.quantized import Quantize, int8_product
 
 Logical = Sequence[str | None]
 
@@ -38,6 +41,7 @@ class Linear(nnx.Module):
         logical: Logical,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
+        quantize: Quantize = "none",
     ):
         """
         Args:
@@ -45,9 +49,11 @@ class Linear(nnx.Module):
             out_shape: sizes of the axes that replace them.
             logical: logical axes of the kernel, `len(in_shape) + len(out_shape)` of them.
             dtype: of the product and the result.
+            quantize: `int8` computes the product in 8 bits (`jasmine.models.quantized`); the result stays in `dtype`.
         """
         self.num_in = len(in_shape)
         self.dtype = dtype
+        self.quantize = quantize
         in_axes = tuple(range(self.num_in))
         out_axes = tuple(range(self.num_in, self.num_in + len(out_shape)))
         init = jax.nn.initializers.lecun_normal(in_axis=in_axes, out_axis=out_axes)
@@ -56,8 +62,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape), any float dtype -> (..., *out_shape) in `dtype`."""
-        contract = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
-        y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (contract, ((), ())))
+        x = x.astype(self.dtype)
+        if self.quantize == "int8":
+            y = int8_product(x, self.kernel[...], self.num_in)
+        else:
+            contract = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
+            y = jax.lax.dot_general(x, self.kernel[...].astype(self.dtype), (contract, ((), ())))
+        # For remat policies, which see the products inside of int8_product no more than those of a kernel.
+        y = checkpoint_name(y, "linear")
         return y + self.bias[...].astype(self.dtype)
 
 

@@ -14,7 +14,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 Quantize = Literal["none", "int8"]
 
@@ -36,6 +35,8 @@ def int8_product(x: jax.Array, kernel: jax.Array, num_in: int) -> jax.Array:
 
 def _product(x: jax.Array, kernel: jax.Array, contracted: range) -> jax.Array:
     """Contracts these axes of the kernel with as many last axes of x, both quantized along them."""
+    import qwix  # only here: every job would wait for it otherwise
+
     lead = x.ndim - len(contracted)
     kept = [axis for axis in range(kernel.ndim) if axis not in contracted]
     # A scale has the dtype of what it was taken from; in bfloat16 it would round the result once more.

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jasmine.models.layers import LayerNorm, Linear, RMSNorm, attention, attention_over_past, dropout, rotate, sinusoids
+from jasmine.models.quantized import Quantize
 from jasmine.training.sharding import constrain
 
 RematPolicy = Literal["none", "dots", "full", "offload"]
@@ -43,6 +44,7 @@ class TransformerConfig:
         num_kv_heads: heads of keys and values, dividing num_heads; None: as many.
         time_every: only every n-th block attends over time. num_blocks is a multiple of it.
         num_registers: learned tokens that stand before those of each frame, and are dropped from the output.
+        quantize: `int8` for the matrix products of the blocks; the layers into and out of them keep `dtype`.
     """
 
     model_dim: int
@@ -63,6 +65,7 @@ class TransformerConfig:
     num_kv_heads: int | None = None
     time_every: int = 1
     num_registers: int = 0
+    quantize: Quantize = "none"
 
     @property
     def head_dim(self) -> int:
@@ -76,15 +79,20 @@ class TransformerConfig:
 
 def rematerialize(function: Callable, policy: RematPolicy) -> Callable:
     """Chooses what the backward pass keeps: `none` keeps all activations, `dots` the results of matrix products, `full`
-    only each block's input, `offload` moves matrix products to host memory (on backends that have a pinned host space).
+    only each block's input, `offload` moves those of linear layers to host memory (where there is a pinned host space).
     """
     policies = jax.checkpoint_policies
     if policy == "none":
         return function
     chosen = {
-        "dots": policies.dots_saveable,
+        "dots": policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names("linear")),
         "full": policies.nothing_saveable,
-        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["linear"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[policy]
     # Inside a scan nothing can be shared with the forward pass, so the barrier against it would only cost time.
     return jax.checkpoint(function, policy=chosen, prevent_cse=False)
@@ -101,7 +109,7 @@ class SelfAttention(nnx.Module):
         heads, head_dim = config.num_heads, config.head_dim
         kv_heads = config.num_kv_heads or heads
         self.grouped = kv_heads != heads
-        kind: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs}
+        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs}
         width = (config.model_dim,)
         if self.grouped:
             self.q = Linear(width, (heads, head_dim), logical=("embed", "heads", None), **kind)
@@ -179,7 +187,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.gated = config.ffn == "swiglu"
-        kind: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs}
+        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs}
         M, F = config.model_dim, config.ffn_dim
         if self.gated:
             self.linear_in = Linear((M,), (2, F), logical=("embed", None, "mlp"), **kind)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jasmine.errors import UserError
+from jasmine.models.quantized import Quantize
 from jasmine.models.transformer import TransformerConfig
 from jasmine.training.config import TrainConfig
 
@@ -40,6 +41,8 @@ class ModelConfig(TrainConfig):
     """Only every n-th block attends over time."""
     num_registers: int = 0
     """Learned tokens that join each frame's."""
+    quantize: Quantize = "none"
+    """`int8`: the matrix products of the blocks and the gradients of their inputs run in 8 bits, with dynamic scales."""
 
     def transformer(self, **changes: Any) -> TransformerConfig:
         """The transformer that these options describe, but for `changes`."""
@@ -60,6 +63,7 @@ class ModelConfig(TrainConfig):
             num_kv_heads=self.num_kv_heads,
             time_every=self.time_every,
             num_registers=self.num_registers,
+            quantize=self.quantize,
         )
         return dataclasses.replace(config, **changes)
 

@@ -182,7 +182,7 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> Tra
         raise UserError(f"{option}={run} was made by {job}; expected {' or '.join(jobs)}")
     if job not in baseline_modules():
         raise UserError(f"{option}={run} was made by {job}, which is none of {', '.join(sorted(baseline_modules()))}")
-    steps = [int(entry.name) for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
+    steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
     if not steps:
         raise UserError(f"{option}={run}: {path / 'checkpoints'} holds no finished checkpoint")
     module = importlib.import_module(baseline_modules()[job])

@@ -24,6 +24,8 @@ from jasmine.training.state import ModelDefinition, abstract_state, initial_stat
 from jasmine.training.step import make_update
 from jasmine.training.task import BaseTask, DataInfo
 
+pytestmark = pytest.mark.slow
+
 BLOCK_PRODUCTS = 6  # space attention, time attention and feed-forward have two layers each
 
 
@@ -215,21 +217,18 @@ def bfloat16() -> np.ndarray:
 
 
 # Measured over three seeds: int8 at most 1.0 %, float32 1.5 %, int4 17 % to 41 % away from bfloat16.
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["one device", "2×2×2"])
 def test_loss_follows_bfloat16(mesh, bfloat16):
     where = single() if mesh == "one device" else make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert deviation(losses(where, quantize="int8"), bfloat16) < 0.03
 
 
-@pytest.mark.slow
 def test_four_bits_would_not_follow(bfloat16, monkeypatch):
     quantize = quantized.qwix.quantize
     monkeypatch.setattr(quantized.qwix, "quantize", lambda x, _, **options: quantize(x, jnp.int4, **options))
     assert deviation(losses(single(), quantize="int8"), bfloat16) > 0.1
 
 
-@pytest.mark.slow
 def test_every_mesh_gives_the_same_losses():
     expected = losses(single(), steps=4, quantize="int8", dtype="float32")
     for mesh in (MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, tensor=4)):

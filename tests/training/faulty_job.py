@@ -1,17 +1,21 @@
-"""The tokenizer baseline with one fault at an exact step, from the environment: FAULT=name@step[@process].
+"""A baseline (FAULT_JOB; the tokenizer) with one fault at an exact step, from the environment: FAULT=name@step[@process].
 
 kill: SIGKILL after that step's metrics line · kill_in_save: SIGKILL once that step's checkpoint is being written ·
 raise: an exception after that step · term, usr1: that signal to this process
 """
 
+import importlib
 import os
 import signal
 import sys
 
-from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, main
 from jasmine.training import cli
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.loop import _Run
+from jasmine.training.runs import baseline_modules
+
+job = os.environ.get("FAULT_JOB", "train_tokenizer_vqvae")
+baseline = importlib.import_module(baseline_modules()[job])
 
 name, step, *process = os.environ["FAULT"].split("@")
 fault_step = int(step)
@@ -45,5 +49,5 @@ Checkpointer.save = save_with_fault
 _Run._speed = speed_with_fault
 
 if __name__ == "__main__":
-    sys.argv[0] = "train_tokenizer_vqvae.py"
-    cli.run(main, Config)
+    sys.argv[0] = f"{job}.py"
+    cli.run(baseline.main, baseline.Config)
