@@ -32,11 +32,16 @@ SMALL = shlex.split(
 FAMILY = {
     "vqvae": ("train_tokenizer_vqvae", "--patch_size 8 --latent_dim 8 --num_latents 16"),
     "mae": ("train_tokenizer_mae", "--patch_size 8 --latent_dim 8"),
-    "lam": ("train_lam", "--patch_size 8 --latent_dim 8 --num_latents 5"),
+    "lam": (
+        "train_lam",
+        "--patch_size 8 --latent_dim 8 --num_latents 5 --max_lr 1e-4",
+    ),  # above, all is soon one action
     "maskgit": (
         "train_dynamics_maskgit",
-        "--tokenizer_checkpoint {vqvae} --num_actions 5 --latent_action_dim 8 --lam_dim 16 --lam_ffn_dim 32 "
-        "--lam_num_blocks 1 --lam_num_heads 2 --lam_patch_size 8",
+        (
+            "--tokenizer_checkpoint {vqvae} --num_actions 5 --latent_action_dim 8 --lam_dim 16 --lam_ffn_dim 32 "
+            "--lam_num_blocks 1 --lam_num_heads 2 --lam_patch_size 8"
+        ),
     ),
     "causal": ("train_dynamics_causal", "--tokenizer_checkpoint {vqvae} --lam_checkpoint {lam}"),
     "diffusion": (
@@ -45,9 +50,11 @@ FAMILY = {
     ),
     "dreamer": (
         "train_dynamics_diffusion",
-        "--tokenizer_checkpoint {mae} --use_gt_actions --diffusion_denoise_steps 8 --shortcut --norm rms --positions rope "
-        "--ffn swiglu --qk_norm --logit_soft_cap 20 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --time_every 2 "
-        "--num_registers 2",
+        (
+            "--tokenizer_checkpoint {mae} --use_gt_actions --diffusion_denoise_steps 8 --shortcut --norm rms --ffn swiglu "
+            "--positions rope --qk_norm --logit_soft_cap 20 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --time_every 2 "
+            "--num_registers 2"
+        ),
     ),
 }
 """Every baseline once, by a short name: its job, and options besides SMALL; `{name}` is another one's run directory."""
@@ -138,7 +145,7 @@ class Family:
         self.data, self.root = data, root
 
     def args(self, name: str, run_dir: Path, *more: str) -> list[str]:
-        """The command line of a run like `family[name]`, elsewhere."""
+        """The command line of a run like `family[name]`, elsewhere, with more options."""
         options = shlex.split(FAMILY[name][1])
         options = [str(self[option[1:-1]]) if option.startswith("{") else option for option in options]
         return [*SMALL, *options, "--data_dir", str(self.data), "--ckpt_dir", str(run_dir), *more]

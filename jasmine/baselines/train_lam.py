@@ -22,7 +22,7 @@ from jasmine.evaluation.metrics import code_usage, psnr, ssim
 from jasmine.models.latent_action import LatentActionModel, Transition
 from jasmine.training import cli
 from jasmine.training.loop import train
-from jasmine.training.model_config import ModelConfig, check_patch, check_pixels
+from jasmine.training.model_config import ModelConfig, check_even_heads, check_patch, check_pixels
 from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
 
 JOB = "train_lam"
@@ -63,6 +63,7 @@ class Task(BaseTask):
     def check(self) -> None:
         check_pixels(self.data, JOB)
         check_patch("patch_size", self.config.patch_size, self.data.frame_shape)
+        check_even_heads("model_dim", self.config.model_dim, "num_heads", self.config.num_heads)
         if self.config.seq_len < 2:
             raise UserError(f"--seq_len={self.config.seq_len}: an action lies between two frames; give at least 2")
 

@@ -64,20 +64,44 @@ class WorldModel(nnx.Module):
         self.lam: Any = lam
 
 
-class DynamicsMaskGIT(nnx.Module):
-    """Masked token modelling within frames, causal in time (MaskGIT, arXiv 2202.04200; as dynamics: Genie, section 2.1)."""
+def _read_out(tokens: Embedding, transformer: SpaceTimeTransformer) -> None:
+    """Has the last layer begin as the transpose of the embedding, at the variance that it has anyway. Most tokens are as they
+    were in the frame before: whatever finds an embedding there thus names its token, instead of learning each code's name."""
+    table_VM = tokens.table[...]
+    transformer.out_linear.kernel[...] = table_VM.T / table_VM.shape[1] ** 0.5
 
-    def __init__(self, *, num_latents: int, transformer: TransformerConfig, rngs: nnx.Rngs):
+
+class DynamicsMaskGIT(nnx.Module):
+    """Masked token modelling within frames, causal in time (MaskGIT, arXiv 2202.04200; as dynamics: Genie, section 2.1).
+
+    A masked place shows what stood there in the frame before, which in sampling is always known and mostly right. The frame
+    before is shown whole in training too, masked or not: being causal in time, its own tokens are told without it.
+    `look_back=False` shows the mask token alone, as published.
+    """
+
+    def __init__(self, *, num_latents: int, look_back: bool = True, transformer: TransformerConfig, rngs: nnx.Rngs):
         M = transformer.model_dim
+        self.look_back = look_back
         self.tokens = Embedding(num_latents, M, logical="embed", rngs=rngs, std=1.0)
         self.mask_token = nnx.Param(jax.random.normal(rngs.params(), (M,), jnp.float32), logical=("embed",))
         self.transformer = SpaceTimeTransformer(None, num_latents, transformer, rngs)
+        _read_out(self.tokens, self.transformer)
 
-    def embed(self, token_XN: jax.Array, action_XM: jax.Array, masked_XN: jax.Array | None = None) -> jax.Array:
-        """(X, 1 + N, M): the action, then the frame's tokens, the masked ones replaced by the mask token."""
+    def embed(
+        self,
+        token_XN: jax.Array,
+        action_XM: jax.Array,
+        masked_XN: jax.Array | None = None,
+        previous_XN: jax.Array | None = None,
+    ) -> jax.Array:
+        """(X, 1 + N, M): the action, then the frame's tokens, the masked ones replaced by the mask token, and the token of
+        the frame before added to it, where that is given."""
         x_XNM = self.tokens(token_XN)
         if masked_XN is not None:
-            x_XNM = jnp.where(masked_XN[..., None], self.mask_token[...], x_XNM)
+            masked_XNM = self.mask_token[...]
+            if self.look_back and previous_XN is not None:
+                masked_XNM = masked_XNM + self.tokens(previous_XN)
+            x_XNM = jnp.where(masked_XN[..., None], masked_XNM, x_XNM)
         return jnp.concatenate([action_XM[..., None, :], x_XNM.astype(action_XM.dtype)], axis=-2)
 
     def __call__(
@@ -88,7 +112,8 @@ class DynamicsMaskGIT(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of every token, (B, T, N, V) float32."""
-        x_BTNM = self.embed(token_BTN, action_BTM, masked_BTN)
+        # Of frame 0, of which nothing is masked, what went before does not matter.
+        x_BTNM = self.embed(token_BTN, action_BTM, masked_BTN, jnp.roll(token_BTN, 1, axis=1))
         return self.transformer(x_BTNM, dropout_key)[:, :, 1:].astype(jnp.float32)
 
 
@@ -116,6 +141,7 @@ class DynamicsCausal(nnx.Module):
         self.past = Block(dataclasses.replace(transformer, space_causal=False), rngs, time=False) if look_back else None
         causal = dataclasses.replace(transformer, space_causal=True)
         self.transformer = SpaceTimeTransformer(None, num_latents, causal, rngs)
+        _read_out(self.tokens, self.transformer)
 
     def look_back(self, token_XN: jax.Array) -> jax.Array:
         """What is known of a frame from the frame before it, (X, N, M): of every token its place's surroundings there."""
@@ -151,27 +177,48 @@ class DynamicsDiffusion(nnx.Module):
 
     Signal level τ: 0 is noise, 1 the data; a frame at τ is (1 - τ) · noise + τ · latents. One token before each frame's
     latents carries τ and, for shortcut forcing, the size of the step that is to be taken, as a power of two.
+
+    The model tells the difference of a frame to the one before, and is shown that one beside the noised latents: with a
+    little noise, as finished frames have it in sampling. `look_back=False` leaves that to time attention, as published.
     """
 
     def __init__(
-        self, *, latent_dim: int, denoise_steps: int, shortcut: bool, transformer: TransformerConfig, rngs: nnx.Rngs
+        self,
+        *,
+        latent_dim: int,
+        denoise_steps: int,
+        shortcut: bool,
+        look_back: bool = True,
+        transformer: TransformerConfig,
+        rngs: nnx.Rngs,
     ):
         """denoise_steps: levels between noise and data, a power of two with `shortcut`."""
         M = transformer.model_dim
+        kind: dict[str, Any] = {"logical": (None, "embed"), "dtype": transformer.dtype, "rngs": rngs}
+        self.past_in: Any = Linear((latent_dim,), (M,), **kind) if look_back else None
         self.denoise_steps = denoise_steps
         self.shortcut = shortcut
-        self.latents_in = Linear((latent_dim,), (M,), logical=(None, "embed"), dtype=transformer.dtype, rngs=rngs)
+        self.latents_in = Linear((latent_dim,), (M,), **kind)
         self.level = Embedding(denoise_steps, M, logical="embed", rngs=rngs, std=1.0)
         sizes = int(math.log2(denoise_steps)) + 1
         self.step_size = Embedding(sizes, M, logical="embed", rngs=rngs, std=1.0) if shortcut else None
         self.transformer = SpaceTimeTransformer(None, latent_dim, transformer, rngs)
+        if look_back:
+            kernel = self.transformer.out_linear.kernel
+            kernel[...] = jnp.zeros_like(kernel[...])  # begins as no difference
 
     def embed(
-        self, noised_XNL: jax.Array, action_XM: jax.Array, level_X: jax.Array, halvings_X: jax.Array | None
+        self,
+        noised_XNL: jax.Array,
+        past_XNL: jax.Array,
+        action_XM: jax.Array,
+        level_X: jax.Array,
+        halvings_X: jax.Array | None,
     ) -> jax.Array:
         """(X, 2 + N, M): action, level and step size, latents.
 
         Args:
+            past_XNL: the latents of the frame before, with a little noise; zeros before the first frame.
             level_X: int32, τ · denoise_steps.
             halvings_X: int32, the step size is 2^-halvings; None without `shortcut`.
         """
@@ -180,20 +227,25 @@ class DynamicsDiffusion(nnx.Module):
             assert halvings_X is not None
             signal_XM = signal_XM + self.step_size(halvings_X)
         x_XNM = self.latents_in(noised_XNL)
+        if self.past_in is not None:
+            x_XNM = x_XNM + self.past_in(past_XNL)
         front = [token[..., None, :].astype(x_XNM.dtype) for token in (action_XM, signal_XM)]
         return jnp.concatenate([*front, x_XNM], axis=-2)
 
-    def head(self, out_XNL: jax.Array) -> jax.Array:
+    def head(self, out_XNL: jax.Array, past_XNL: jax.Array) -> jax.Array:
         """Clean latents (X, N, L) float32 from the transformer's output (X, 2 + N, L)."""
-        return out_XNL[..., 2:, :].astype(jnp.float32)
+        clean_XNL = out_XNL[..., 2:, :].astype(jnp.float32)
+        return clean_XNL if self.past_in is None else past_XNL + clean_XNL
 
     def __call__(
         self,
         noised_BTNL: jax.Array,
+        past_BTNL: jax.Array,
         action_BTM: jax.Array,
         level_BT: jax.Array,
         halvings_BT: jax.Array | None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The clean latents that the model sees in noised ones, (B, T, N, L) float32."""
-        return self.head(self.transformer(self.embed(noised_BTNL, action_BTM, level_BT, halvings_BT), dropout_key))
+        x_BTNM = self.embed(noised_BTNL, past_BTNL, action_BTM, level_BT, halvings_BT)
+        return self.head(self.transformer(x_BTNM, dropout_key), past_BTNL)

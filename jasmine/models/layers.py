@@ -10,7 +10,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class RandomKeys(Protocol):
 
 
 class Linear(nnx.Module):
-    """`y = x @ kernel + bias` from the last axes of x to any number of new ones. lecun-normal kernel, zero bias."""
+    """`y = x @ kernel (+ bias)` from the last axes of x to any number of new ones. lecun-normal kernel, zero bias."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Linear(nnx.Module):
         logical: Logical,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
+        bias: bool = True,
         quantize: Quantize = "none",
     ):
         """
@@ -49,6 +50,7 @@ class Linear(nnx.Module):
             out_shape: sizes of the axes that replace them.
             logical: logical axes of the kernel, `len(in_shape) + len(out_shape)` of them.
             dtype: of the product and the result.
+            bias: whether there is one.
             quantize: `int8` computes the product in 8 bits (`jasmine.models.quantized`); the result stays in `dtype`.
         """
         self.num_in = len(in_shape)
@@ -58,7 +60,8 @@ class Linear(nnx.Module):
         out_axes = tuple(range(self.num_in, self.num_in + len(out_shape)))
         init = jax.nn.initializers.lecun_normal(in_axis=in_axes, out_axis=out_axes)
         self.kernel = nnx.Param(init(rngs.params(), (*in_shape, *out_shape), jnp.float32), logical=tuple(logical))
-        self.bias = nnx.Param(jnp.zeros(tuple(out_shape), jnp.float32), logical=tuple(logical[self.num_in :]))
+        zeros = jnp.zeros(tuple(out_shape), jnp.float32)
+        self.bias: Any = nnx.Param(zeros, logical=tuple(logical[self.num_in :])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., *in_shape), any float dtype -> (..., *out_shape) in `dtype`."""
@@ -70,7 +73,7 @@ class Linear(nnx.Module):
             y = jax.lax.dot_general(x, self.kernel[...].astype(self.dtype), (contract, ((), ())))
         # For remat policies, which see the products inside of int8_product no more than those of a kernel.
         y = checkpoint_name(y, "linear")
-        return y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -81,11 +84,44 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), logical=(logical,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        # Mean of squares minus square of the mean: one pass over x, and float32 has the digits for it.
-        variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
-        return (x - mean) * jax.lax.rsqrt(variance + 1e-6) * self.scale[...] + self.bias[...]
+        return _normalize(x.astype(jnp.float32)) * self.scale[...] + self.bias[...]
+
+
+@jax.custom_vjp
+def _normalize(x: jax.Array) -> jax.Array:
+    """x, float32, with mean 0 and variance 1 along the last axis. Its gradient is written out because what jax derives
+    keeps several arrays of the size of x for the backward pass, where one will do."""
+    return _normalize_forward(x)[0]
+
+
+def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    mean = x.mean(-1, keepdims=True)
+    # Mean of squares minus square of the mean: one pass over x, and float32 has the digits for it.
+    variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+    inverse = jax.lax.rsqrt(variance + 1e-6)
+    normal = (x - mean) * inverse
+    return normal, (normal, inverse)
+
+
+def _normalize_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+    normal, inverse = saved
+    along = (gradient * normal).mean(-1, keepdims=True)
+    return ((gradient - gradient.mean(-1, keepdims=True) - normal * along) * inverse,)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by tanh (arXiv 1606.08415). Only x is kept for the backward pass, which computes the rest again."""
+    return jax.nn.gelu(x)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gate(x: jax.Array, gates: jax.Array) -> jax.Array:
+    """SwiGLU's product (arXiv 2002.05202), likewise."""
+    return jax.nn.silu(gates) * x
 
 
 class RMSNorm(nnx.Module):

@@ -22,7 +22,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jasmine.models.layers import LayerNorm, Linear, RMSNorm, attention, attention_over_past, dropout, rotate, sinusoids
+from jasmine.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    attention,
+    attention_over_past,
+    dropout,
+    gate,
+    gelu,
+    rotate,
+    sinusoids,
+)
 from jasmine.models.quantized import Quantize
 from jasmine.training.sharding import constrain
 
@@ -109,7 +120,7 @@ class SelfAttention(nnx.Module):
         heads, head_dim = config.num_heads, config.head_dim
         kv_heads = config.num_kv_heads or heads
         self.grouped = kv_heads != heads
-        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs}
+        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs, "bias": False}
         width = (config.model_dim,)
         if self.grouped:
             self.q = Linear(width, (heads, head_dim), logical=("embed", "heads", None), **kind)
@@ -187,7 +198,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.gated = config.ffn == "swiglu"
-        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs}
+        kind: dict[str, Any] = {"dtype": config.dtype, "quantize": config.quantize, "rngs": rngs, "bias": False}
         M, F = config.model_dim, config.ffn_dim
         if self.gated:
             self.linear_in = Linear((M,), (2, F), logical=("embed", None, "mlp"), **kind)
@@ -197,7 +208,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_XM: jax.Array) -> jax.Array:
         h = self.linear_in(x_XM)
-        h_XF = jax.nn.silu(h[..., 0, :]) * h[..., 1, :] if self.gated else jax.nn.gelu(h)
+        h_XF = gate(h[..., 1, :], h[..., 0, :]) if self.gated else gelu(h)
         return self.linear_out(h_XF)
 
 

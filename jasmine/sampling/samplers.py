@@ -153,7 +153,7 @@ class MaskGITSampler:
             token_BN, masked_BN = carry
             num_left, index = scanned
             token_key, choice_key = jax.random.split(jax.random.fold_in(key, index))
-            x_BNM = self.dynamics.embed(token_BN, action_BM, masked_BN)
+            x_BNM = self.dynamics.embed(token_BN, action_BM, masked_BN, previous_BN)
             logits_BNV = context.frame(opened, x_BNM)[:, 1:].astype(jnp.float32)
             drawn_BN = draw(token_key, logits_BNV, self.temperature)
             log_BNV = jax.nn.log_softmax(logits_BNV)
@@ -260,29 +260,34 @@ class DiffusionSampler:
     def embed_prompt(self, frames_BTN: jax.Array, action_BTM: jax.Array, key: jax.Array) -> jax.Array:
         T = frames_BTN.shape[1]
         keys = jax.vmap(lambda frame: jax.random.fold_in(key, frame))(jnp.arange(T))
-        embed = jax.vmap(self.embed, in_axes=(1, None, 1, 0), out_axes=1)
-        return embed(frames_BTN, frames_BTN[:, 0], action_BTM, keys)
+        past_BTNL = jnp.pad(frames_BTN[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+        embed = jax.vmap(self.embed, in_axes=(1, 1, 1, 0), out_axes=1)
+        return embed(frames_BTN, past_BTNL, action_BTM, keys)
 
     def embed(self, frame_BN: jax.Array, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array) -> jax.Array:
-        levels = self.dynamics.denoise_steps
+        levels, shape = self.dynamics.denoise_steps, frame_BN.shape[:1]
         level = min(round(self.context_level * levels), levels - 1)
-        signal = 1.0 if self.context_level >= 1 else level / levels
-        noise = jax.random.normal(jax.random.fold_in(key, 1), frame_BN.shape)
-        shape = frame_BN.shape[:1]
-        corrupted = (1 - signal) * noise + signal * frame_BN
-        return self.dynamics.embed(corrupted, action_BM, jnp.full(shape, level), self._halvings(shape, levels))
+        seen = self.corrupt(frame_BN, jax.random.fold_in(key, 1))
+        past = self.corrupt(previous_BN, jax.random.fold_in(key, 2))
+        return self.dynamics.embed(seen, past, action_BM, jnp.full(shape, level), self._halvings(shape, levels))
+
+    def corrupt(self, frame_BNL: jax.Array, key: jax.Array) -> jax.Array:
+        """A finished frame with the noise that later frames see it with."""
+        signal = min(self.context_level, 1.0)
+        return (1 - signal) * jax.random.normal(key, frame_BNL.shape) + signal * frame_BNL
 
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
     ) -> jax.Array:
         steps, shape = self.num_steps, previous_BN.shape[:1]
         halvings_B = self._halvings(shape, steps)
+        past_BNL = self.corrupt(previous_BN, jax.random.fold_in(key, 2))
 
         def denoise(x_BNL: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
             level_B = jnp.broadcast_to(step * (self.dynamics.denoise_steps // steps), shape)
-            out = context.frame(opened, self.dynamics.embed(x_BNL, action_BM, level_B, halvings_B))
+            out = context.frame(opened, self.dynamics.embed(x_BNL, past_BNL, action_BM, level_B, halvings_B))
             # (clean - x) / (1 - τ) is the velocity; 1 - τ is (steps - step) / steps.
-            return x_BNL + (self.dynamics.head(out) - x_BNL) / (steps - step), None
+            return x_BNL + (self.dynamics.head(out, past_BNL) - x_BNL) / (steps - step), None
 
         noise_BNL = jax.random.normal(jax.random.fold_in(key, 0), previous_BN.shape)
         return jax.lax.scan(denoise, noise_BNL, jnp.arange(steps))[0]

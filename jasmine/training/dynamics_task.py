@@ -19,7 +19,7 @@ from jasmine.models.dynamics import ActionTokens, WorldModel
 from jasmine.models.latent_action import LatentActionEncoder
 from jasmine.sampling.samplers import FrameSampler, rollout
 from jasmine.training.config import FrozenRun
-from jasmine.training.model_config import ModelConfig, check_heads, check_patch
+from jasmine.training.model_config import ModelConfig, check_even_heads, check_heads, check_patch
 from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
 
 LAM_JOB = "train_lam"
@@ -97,6 +97,7 @@ class DynamicsConfig(ModelConfig):
             raise UserError("--label_fraction is about true actions: give --use_gt_actions too, or leave it out")
         if self.action_kind == "trained":
             check_heads("lam_dim", self.lam_dim, "lam_num_heads", self.lam_num_heads)
+            check_even_heads("lam_dim", self.lam_dim, "lam_num_heads", self.lam_num_heads)
 
 
 class DynamicsTask(BaseTask):

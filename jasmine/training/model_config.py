@@ -77,11 +77,8 @@ class ModelConfig(TrainConfig):
             raise UserError(f"--num_kv_heads={self.num_kv_heads} does not divide --num_heads={self.num_heads}")
         if self.num_blocks % self.time_every:
             raise UserError(f"--num_blocks={self.num_blocks} is not a multiple of --time_every={self.time_every}")
-        if self.positions == "rope" and self.model_dim // self.num_heads % 2:
-            raise UserError(
-                f"--positions=rope needs heads of an even size, and --model_dim={self.model_dim} over "
-                f"--num_heads={self.num_heads} makes {self.model_dim // self.num_heads}"
-            )
+        if self.positions == "rope":
+            check_even_heads("model_dim", self.model_dim, "num_heads", self.num_heads)
         if self.num_registers < 0 or self.logit_soft_cap < 0:
             raise UserError("--num_registers and --logit_soft_cap cannot be negative")
         if not 0 <= self.dropout < 1:
@@ -92,6 +89,15 @@ def check_heads(dim_option: str, dim: int, heads_option: str, heads: int) -> Non
     """Raises UserError unless the heads divide the width."""
     if heads < 1 or dim % heads:
         raise UserError(f"--{dim_option}={dim} is not a multiple of --{heads_option}={heads}")
+
+
+def check_even_heads(dim_option: str, dim: int, heads_option: str, heads: int) -> None:
+    """Raises UserError unless heads have an even size, as rotary embeddings need them."""
+    if dim // heads % 2:
+        raise UserError(
+            f"rotary positions need heads of an even size, and --{dim_option}={dim} over --{heads_option}={heads} makes "
+            f"{dim // heads}"
+        )
 
 
 def check_patch(option: str, patch_size: int, frame_shape: tuple[int, int, int]) -> None:

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "checkpoint": "small",
     "data_layout": "layouts",
     "dataloader": "ratio_raw",
+    "sampling": "maskgit_dim128_batch1",
     "startup": "1x1_warm",
     "train_step": "baselines",
 }

@@ -19,11 +19,12 @@ class Config(command.SampleConfig):
 
     diffusion_steps: int | None = None
     """Steps from noise to a frame. Default: 4 of a model trained with --shortcut, else as many as it has levels."""
-    diffusion_corrupt_context_factor: float = 0.1
-    """Share of noise in finished frames as later ones see them (Dreamer 4: 0.1)."""
+    diffusion_corrupt_context_factor: float | None = None
+    """Share of noise in finished frames as later ones see them. Default: what the run was trained with."""
 
     def sampler_options(self) -> dict[str, Any]:
-        return {"steps": self.diffusion_steps, "context_level": 1 - self.diffusion_corrupt_context_factor}
+        corrupt = self.diffusion_corrupt_context_factor
+        return {"steps": self.diffusion_steps} | ({} if corrupt is None else {"context_level": 1 - corrupt})
 
 
 if __name__ == "__main__":

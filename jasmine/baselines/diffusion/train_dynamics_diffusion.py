@@ -41,6 +41,10 @@ class Config(DynamicsConfig):
     """Signal levels between noise and data."""
     diffusion_use_ramp_weight: bool = True
     """Weigh the loss of a frame at signal level τ by 0.9 τ + 0.1."""
+    diffusion_corrupt_context_factor: float = 0.1
+    """Share of noise in the frame before, as each frame is shown it; sampling has as much in all past frames."""
+    look_back: bool = True
+    """Show each frame the one before, and predict the difference to it."""
     shortcut: bool = False
     """Shortcut forcing: learn steps of all sizes, so that 4 make a frame."""
     shortcut_every: int = 4
@@ -53,6 +57,9 @@ class Config(DynamicsConfig):
     def check(self) -> None:
         super().check()
         levels = self.diffusion_denoise_steps
+        if not 0 <= self.diffusion_corrupt_context_factor < 1:
+            factor = self.diffusion_corrupt_context_factor
+            raise UserError(f"--diffusion_corrupt_context_factor={factor}: a share from 0 up to, not including, 1")
         if levels < 2:
             raise UserError(f"--diffusion_denoise_steps={levels}: must be at least 2")
         if self.shortcut and levels & (levels - 1):
@@ -74,6 +81,7 @@ class Task(DynamicsTask):
             latent_dim=self.frozen["tokenizer"].config.latent_dim,
             denoise_steps=self.config.diffusion_denoise_steps,
             shortcut=self.config.shortcut,
+            look_back=self.config.look_back,
             transformer=self.config.transformer(),
             rngs=rngs,
         )
@@ -83,7 +91,9 @@ class Task(DynamicsTask):
         return tokenizer.encode_latents(video_BTHWC)
 
     def sampler(self, dynamics: DynamicsDiffusion, **options: Any) -> DiffusionSampler:
-        return DiffusionSampler(dynamics, **options)
+        return DiffusionSampler(
+            dynamics, **({"context_level": 1 - self.config.diffusion_corrupt_context_factor} | options)
+        )
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -102,6 +112,9 @@ class Task(DynamicsTask):
     ) -> tuple[jax.Array, Metrics]:
         levels, shape = self.config.diffusion_denoise_steps, clean_BTNL.shape[:2]
         noise_BTNL = jax.random.normal(keys["noise"], clean_BTNL.shape)
+        corrupt = self.config.diffusion_corrupt_context_factor
+        past_BTNL = (1 - corrupt) * clean_BTNL + corrupt * jax.random.normal(keys["past"], clean_BTNL.shape)
+        past_BTNL = jnp.roll(past_BTNL, 1, axis=1).at[:, 0].set(0)
         level_BT = jax.random.randint(keys["level"], shape, 0, levels)
         halvings_BT, taught_B = None, jnp.zeros(shape[:1], bool)
         if self.config.shortcut:
@@ -113,12 +126,12 @@ class Task(DynamicsTask):
             level_BT = level_BT // stride_BT * stride_BT
         tau_BT11 = (level_BT / levels)[..., None, None]
         noised_BTNL = (1 - tau_BT11) * noise_BTNL + tau_BT11 * clean_BTNL
-        guess_BTNL = dynamics(noised_BTNL, action_BTM, level_BT, halvings_BT, dropout_key)
+        guess_BTNL = dynamics(noised_BTNL, past_BTNL, action_BTM, level_BT, halvings_BT, dropout_key)
         target_BTNL = clean_BTNL
         if halvings_BT is not None:
             rows = slice(0, None, self.config.shortcut_every)
             target = self._two_half_steps(
-                dynamics, noised_BTNL[rows], action_BTM[rows], level_BT[rows], halvings_BT[rows]
+                dynamics, noised_BTNL[rows], past_BTNL[rows], action_BTM[rows], level_BT[rows], halvings_BT[rows]
             )
             target_BTNL = target_BTNL.at[rows].set(target)
         mse_BT = jnp.square(guess_BTNL - target_BTNL).mean((2, 3))
@@ -133,6 +146,7 @@ class Task(DynamicsTask):
         self,
         dynamics: DynamicsDiffusion,
         noised_BTNL: jax.Array,
+        past_BTNL: jax.Array,
         action_BTM: jax.Array,
         level_BT: jax.Array,
         halvings_BT: jax.Array,
@@ -143,7 +157,7 @@ class Task(DynamicsTask):
         half_BT = (levels >> halvings_BT) // 2
 
         def velocity(x_BTNL: jax.Array, level_BT: jax.Array) -> jax.Array:
-            clean_BTNL = dynamics(x_BTNL, action_BTM, level_BT, halvings_BT + 1)
+            clean_BTNL = dynamics(x_BTNL, past_BTNL, action_BTM, level_BT, halvings_BT + 1)
             return (clean_BTNL - x_BTNL) / (1 - level_BT / levels)[..., None, None]
 
         first_BTNL = velocity(noised_BTNL, level_BT)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jasmine.errors import UserError
 from jasmine.models.dynamics import DynamicsCausal, WorldModel
 from jasmine.sampling.samplers import CausalSampler
 from jasmine.training import cli
@@ -37,6 +38,13 @@ class Config(DynamicsConfig):
     """One block shows each token the whole frame before."""
     z_loss_weight: float = 0.0
     """Weight of the squared log-partition of the logits, which keeps them from growing (PaLM, arXiv 2204.02311)."""
+    temperature: float = 1.0
+    """Of the draws of tokens when evaluation samples; 0 takes the likeliest, which PSNR favours."""
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature < 0:
+            raise UserError(f"--temperature={self.temperature}: cannot be negative")
 
 
 # --- model ------------------------------------------------------------------------------------------------------
@@ -60,7 +68,7 @@ class Task(DynamicsTask):
         return tokenizer.encode_tokens(video_BTHWC)
 
     def sampler(self, dynamics: DynamicsCausal, **options: Any) -> CausalSampler:
-        return CausalSampler(dynamics, **options)
+        return CausalSampler(dynamics, **({"temperature": self.config.temperature} | options))
 
     # --- loss ---------------------------------------------------------------------------------------------------
 

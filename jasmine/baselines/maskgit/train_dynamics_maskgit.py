@@ -35,12 +35,16 @@ JOB = "train_dynamics_maskgit"
 class Config(DynamicsConfig):
     """Options of the MaskGIT dynamics model. Defaults are the published Jasmine's."""
 
+    look_back: bool = True
+    """Masked places show the token that stood there in the frame before."""
     mask_limit: float = 0.5
     """Each clip's tokens are masked with a chance drawn between this and 1."""
     z_loss_weight: float = 0.0
     """Weight of the squared log-partition of the logits, which keeps them from growing (PaLM, arXiv 2204.02311)."""
     maskgit_steps: int = 25
     """Rounds in which evaluation samples a frame."""
+    temperature: float = 1.0
+    """Of the draws of tokens when evaluation samples; 0 takes the likeliest, which PSNR favours."""
 
     def check(self) -> None:
         super().check()
@@ -48,6 +52,8 @@ class Config(DynamicsConfig):
             raise UserError(f"--mask_limit={self.mask_limit}: a chance from 0 up to, not including, 1")
         if self.maskgit_steps < 1:
             raise UserError(f"--maskgit_steps={self.maskgit_steps}: must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"--temperature={self.temperature}: cannot be negative")
 
 
 # --- model ------------------------------------------------------------------------------------------------------
@@ -60,14 +66,17 @@ class Task(DynamicsTask):
 
     def build(self, rngs: nnx.Rngs) -> WorldModel:
         num_latents = self.frozen["tokenizer"].config.num_latents
-        dynamics = DynamicsMaskGIT(num_latents=num_latents, transformer=self.config.transformer(), rngs=rngs)
+        dynamics = DynamicsMaskGIT(
+            num_latents=num_latents, look_back=self.config.look_back, transformer=self.config.transformer(), rngs=rngs
+        )
         return self.world(dynamics, rngs)
 
     def encode(self, tokenizer: Any, video_BTHWC: jax.Array) -> jax.Array:
         return tokenizer.encode_tokens(video_BTHWC)
 
     def sampler(self, dynamics: DynamicsMaskGIT, **options: Any) -> MaskGITSampler:
-        return MaskGITSampler(dynamics, **({"steps": self.config.maskgit_steps} | options))
+        defaults = {"steps": self.config.maskgit_steps, "temperature": self.config.temperature}
+        return MaskGITSampler(dynamics, **(defaults | options))
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
