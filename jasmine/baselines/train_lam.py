@@ -47,7 +47,7 @@ class Config(ModelConfig):
     """Chance of each action to sit a step out."""
     vq_beta: float = 0.25
     """Weight of the commitment term."""
-    vq_revival: float = 0.0
+    vq_revival: float = 0.1
     """Weight of a term that pulls actions that a batch leaves unused towards its encoder outputs; 0: none. It takes the
     place of the published `vq_reset_thresh`, which resets such codes by counts that no checkpoint holds."""
 

@@ -24,6 +24,7 @@ from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
 
 LAM_JOB = "train_lam"
 PUBLISHED_NUM_ACTIONS = 6
+LAM_REVIVAL = 0.1  # the default of train_lam's vq_revival
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +246,7 @@ class DynamicsTask(BaseTask):
             quantized = model.lam(batch["videos"].astype(jnp.float32) / 255)
             code_BTA = scaled(quantized.straight_XL)
             q_loss, commitment_loss = quantized.losses()
-            extra = q_loss + self.config.vq_beta * commitment_loss
+            extra = q_loss + self.config.vq_beta * commitment_loss + LAM_REVIVAL * model.lam.vq.revival_loss(quantized)
             usage = code_usage(quantized.index_X, self.num_actions or PUBLISHED_NUM_ACTIONS)
             metrics = {f"lam_{name}": value for name, value in usage.items()}
         return model.actions.of_clip(code_BTA, batch.get("labelled")), extra, metrics
@@ -285,28 +286,31 @@ class DynamicsTask(BaseTask):
     def sampled_metrics(
         self, model: WorldModel, frozen: Modules, batch: Batch, keys: Keys
     ) -> tuple[Metrics, dict[str, jax.Array]]:
-        """Samples the last frame of each clip from those before it, and a whole clip from its first frame.
+        """Samples the second half of each clip from the first, and a whole clip from its first frame.
 
         Returns:
-            `psnr`, `ssim` of the sampled last frame; `psnr_copy` of the frame before it in its place, as the tokenizer
-            shows it; `delta_psnr`: how much worse another clip's action makes it. The picture `rollout`.
+            `psnr`, `ssim` of the sampled frames; `psnr_copy` of the last given frame, held, as the tokenizer shows it;
+            `delta_psnr`: how much worse another clip's actions make them. The picture `rollout`.
         """
         decode = frozen["tokenizer"].decode
         token_BTN = self.tokens(frozen, batch)
         true_BT = self.action_index(model, frozen, batch)
         recon_BTHWC = decode(token_BTN)
         truth_BTHWC = batch["videos"].astype(jnp.float32) / 255 if "videos" in batch else recon_BTHWC
-        other_B = jnp.roll(true_BT[:, -1], 1)
+        given = token_BTN.shape[1] // 2
+        other_BT = jnp.concatenate([true_BT[:, : given - 1], jnp.roll(true_BT[:, given - 1 :], 1, axis=0)], axis=1)
         key = keys["sample"]
-        made = self.generate(model, frozen, token_BTN[:, :-1], true_BT, key)
-        other = self.generate(model, frozen, token_BTN[:, :-1], true_BT.at[:, -1].set(other_B), key)
-        with_true, with_other = (decode(video)[:, -1:] for video in (made, other))
-        last = truth_BTHWC[:, -1:]
+        made, other = (
+            decode(self.generate(model, frozen, token_BTN[:, :given], actions, key))[:, given:]
+            for actions in (true_BT, other_BT)
+        )
+        future = truth_BTHWC[:, given:]
+        with_true, with_other = psnr(future, made), psnr(future, other)
         metrics = {
-            "psnr": psnr(last, with_true),
-            "ssim": ssim(last, with_true),
-            "psnr_copy": psnr(last, recon_BTHWC[:, -2:-1]),
-            "delta_psnr": psnr(last, with_true) - psnr(last, with_other),
+            "psnr": with_true,
+            "ssim": ssim(future, made),
+            "psnr_copy": psnr(future, jnp.broadcast_to(recon_BTHWC[:, given - 1 : given], future.shape)),
+            "delta_psnr": with_true - with_other,
         }
         shown = min(4, token_BTN.shape[0])
         clip = self.generate(model, frozen, token_BTN[:shown, :1], true_BT[:shown], key)

@@ -34,7 +34,7 @@ def dependence(function, x: jax.Array, changed: jax.Array, places: int) -> np.nd
     masks = jnp.concatenate([jnp.zeros_like(one[:1]), one])  # first nothing: the same program, so the same rounding
     outputs = jit(jax.vmap(lambda mask: function(jnp.where(mask, changed, x))))(masks)
     change = jnp.abs(outputs[1:] - outputs[0]).max(tuple(range(4, outputs.ndim)), initial=0)
-    return np.asarray(change > 1e-5)[:, 0].reshape(*shape, T, N)
+    return np.asarray(change > 1e-4)[:, 0].reshape(*shape, T, N)
 
 
 def make(kind: str, config: TransformerConfig, **options):

@@ -33,7 +33,7 @@ def test_shapes(lam):
 def test_an_action_is_read_off_the_frames_up_to_the_one_it_leads_to(lam, frame):
     before = lam(VIDEO).quantized.encoded_XL
     after = lam(VIDEO.at[:, frame].set(1 - VIDEO[:, frame])).quantized.encoded_XL
-    changed = np.abs(after - before).max((0, 2)) > 1e-6
+    changed = np.abs(after - before).max((0, 2)) > 1e-5
     assert changed.tolist() == [action + 1 >= frame for action in range(T - 1)]  # action t leads to frame t + 1
 
 
@@ -45,7 +45,7 @@ def test_a_guess_is_made_from_the_frames_before_and_the_actions_up_to_it(lam, fr
     other_action = lam.decode(VIDEO[:, :-1], codes.at[:, frame].set(-codes[:, frame]))
     expected = [later >= frame for later in range(T - 1)]  # guess t is of frame t + 1
     for other in (other_frame, other_action):
-        assert (np.abs(other - guess).max((0, 2, 3, 4)) > 1e-7).tolist() == expected
+        assert (np.abs(other - guess).max((0, 2, 3, 4)) > 1e-4).tolist() == expected
 
 
 def test_the_last_frame_reaches_its_guess_through_the_code_alone(lam):
@@ -54,4 +54,4 @@ def test_the_last_frame_reaches_its_guess_through_the_code_alone(lam):
     same = (guess.quantized.index_X[:, -1] == other.quantized.index_X[:, -1]).tolist()
     assert any(same)
     for clip in np.flatnonzero(same):
-        np.testing.assert_allclose(other.video_BTHWC[clip, -1], guess.video_BTHWC[clip, -1], atol=1e-6)
+        np.testing.assert_allclose(other.video_BTHWC[clip, -1], guess.video_BTHWC[clip, -1], atol=1e-4)

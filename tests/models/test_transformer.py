@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jasmine.models.layers import RMSNorm, attention, rotate
-from jasmine.models.transformer import SpaceTimeTransformer, TransformerConfig
+from jasmine.models.transformer import FeedForward, SpaceTimeTransformer, TransformerConfig
 from tests.models.random_weights import random_weights
 
 BASE = TransformerConfig(model_dim=16, ffn_dim=32, num_blocks=2, num_heads=4, dtype=jnp.float32)
@@ -42,7 +42,7 @@ def seen_by(model: SpaceTimeTransformer) -> np.ndarray:
     one = jnp.eye(T * N, dtype=bool).reshape(T * N, 1, T, N, 1)
     masks = jnp.concatenate([jnp.zeros_like(one[:1]), one])
     outputs = jit(jax.vmap(lambda mask: model(jnp.where(mask, -X, X))))(masks)
-    return np.asarray(jnp.abs(outputs[1:] - outputs[0]).max((1, 5)) > 1e-5).reshape(T, N, T, N)
+    return np.asarray(jnp.abs(outputs[1:] - outputs[0]).max((1, 4)) > 1e-4).reshape(T, N, T, N)
 
 
 @pytest.mark.parametrize("space_causal", [False, True])
@@ -67,14 +67,38 @@ def test_a_model_without_time_sees_one_frame_and_every_nth_block_is_enough_for_t
     assert "time_attention" not in names
 
 
-@pytest.mark.parametrize(
-    "option", ["rms", "rope", "swiglu", "qk_norm", "soft_cap", "grouped", "time_every", "registers"]
-)
-def test_every_option_makes_another_model_of_outputs_of_the_same_shape(option):
-    plain, other = make()(X), make(**OPTIONS[option])(X)
+@pytest.mark.parametrize("option", ["rope", "soft_cap"])
+def test_options_without_weights_of_their_own_change_the_output(option):
+    plain, other = jit(make().__call__)(X), jit(make(**OPTIONS[option]).__call__)(X)
     assert other.shape == plain.shape == (1, T, N, OUT)
-    assert other.dtype == jnp.float32
     assert jnp.abs(other - plain).max() > 1e-3
+
+
+def test_registers_join_each_frame_and_are_dropped_from_the_output():
+    model = make(num_registers=3)
+    before = jit(model.__call__)(X)
+    assert before.shape == (1, T, N, OUT)
+    model.registers[...] = -model.registers[...]
+    assert (jnp.abs(jit(model.__call__)(X) - before).max((0, 2, 3)) > 1e-3).all()
+
+
+def test_with_qk_norm_the_size_of_queries_does_not_matter():
+    change = {}
+    for qk_norm in (False, True):
+        model = make(qk_norm=qk_norm)
+        before = jit(model.__call__)(X)
+        for layer in (model.blocks.space_attention, model.blocks.time_attention):
+            layer.qkv.kernel[...] = layer.qkv.kernel[...].at[:, :, 0].multiply(7.0)  # (layers, M, 3, H, D)
+        change[qk_norm] = float(jnp.abs(jit(model.__call__)(X) - before).max())
+    assert change[True] < 1e-3
+    assert change[False] > 1e-1
+
+
+def test_swiglu_is_a_product_with_a_gate():
+    layer = random_weights(lambda: FeedForward(dataclasses.replace(BASE, ffn="swiglu"), nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (3, 16))
+    gate, value = (x @ layer.linear_in.kernel[...][:, k] for k in range(2))
+    np.testing.assert_allclose(layer(x), (jax.nn.silu(gate) * value) @ layer.linear_out.kernel[...], atol=1e-4)
 
 
 def test_grouped_heads_are_heads_that_share_keys_and_values():
@@ -87,7 +111,7 @@ def test_grouped_heads_are_heads_that_share_keys_and_values():
 
 def test_the_soft_cap_bounds_how_much_one_key_can_win():
     q, k = jnp.full((1, 1, 8), 10.0), jnp.zeros((2, 1, 8)).at[0].set(10.0)
-    v = jnp.array([1.0, 0.0])[:, None, None]
+    v = jnp.zeros((2, 1, 8)).at[0].set(1.0)
     free, capped = (float(attention(q, k, v, soft_cap=cap)[0, 0, 0]) for cap in (0.0, 2.0))
     assert free == pytest.approx(1.0)
     assert capped == pytest.approx(1 / (1 + np.exp(-2.0)), rel=1e-3)
@@ -115,7 +139,6 @@ def test_rms_norm_has_mean_square_one_and_keeps_the_mean():
 
 
 def test_a_video_begins_like_a_longer_one():
-    """The first frames of a longer video are the same: tables of places are not stretched to the length."""
     for options in ({}, {"positions": "rope"}):
         model = make(**options)
-        np.testing.assert_allclose(model(X)[:, :2], model(X[:, :2]), atol=1e-5)
+        np.testing.assert_allclose(jit(model.__call__)(X)[:, :2], jit(model.__call__)(X[:, :2]), atol=1e-4)

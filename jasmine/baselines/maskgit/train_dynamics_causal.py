@@ -6,8 +6,8 @@ Causal in space and in time, as in the published Jasmine; unlike there, one bloc
     python launch/submit.py --cluster local train_dynamics_causal --tokenizer_checkpoint tokenizer --lam_checkpoint lam \
         --data_dir data/coinrun --val_data_dir data/coinrun
 
-Expected: sampled frames become better than copies of the frame before (`val_psnr` above `val_psnr_copy`), and worse with
-another clip's action (`val_delta_psnr` above 0); docs/lab-notes.md holds figures.
+Expected: sampled frames become better than the last given frame, held (`val_psnr` above `val_psnr_copy`), and worse with
+another clip's actions (`val_delta_psnr` above 0); docs/lab-notes.md holds figures.
 """
 
 import dataclasses
