@@ -15,17 +15,21 @@ from demo import console, run, title
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "--num_episodes_train 400 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
-TRAINING = "--seq_len 8 --dtype float32 --max_lr 2e-3 --warmup_steps 20 --log_interval 50"
+TRAINING = "--seq_len 4 --dtype float32 --warmup_steps 20 --log_interval 50 --val_steps 4"
+# The character is six pixels wide: patches of 4 show it, patches of 8 do not.
 TOKENIZER = (
-    "--patch_size 8 --model_dim 128 --ffn_dim 512 --num_blocks 1 --num_heads 4 --latent_dim 16 --num_latents 512 "
-    "--vq_revival 1.0 --batch_size 8 --num_steps 800"
+    "--patch_size 4 --model_dim 64 --ffn_dim 256 --num_blocks 1 --num_heads 2 --latent_dim 8 --num_latents 512 "
+    "--vq_revival 1.0 --batch_size 8 --max_lr 2e-3 --num_steps 600"
 )
 LAM = (
-    "--patch_size 8 --model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --latent_dim 16 --num_latents 6 "
-    "--vq_revival 1.0 --batch_size 4 --num_steps 600"
+    "--patch_size 16 --model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --latent_dim 16 --num_latents 6 "
+    "--batch_size 16 --max_lr 1e-3 --num_steps 500"
 )
-DYNAMICS = "--model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --batch_size 8 --maskgit_steps 8 --num_steps 600"
-VIDEO = "--num_frames 32 --prompt_frames 4 --num_clips 4 --temperature 0.5"
+DYNAMICS = (
+    "--model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --batch_size 4 --max_lr 2e-3 --maskgit_steps 8 "
+    "--num_steps 400"
+)
+VIDEO = "--num_frames 16 --prompt_frames 2 --num_clips 4 --temperature 0.5"
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
     title("1. Real data: CoinRun episodes")
     run(f"python -m jasmine.data.make coinrun --output_dir {data} {DATA}")
 
-    title("2. Video tokenizer: frames to 64 tokens each, and back")
+    title("2. Video tokenizer: frames to 256 tokens each, and back")
     train(tokenizer, "train_tokenizer_vqvae", f"--data_dir {data} --val_data_dir {data} {TOKENIZER}")
 
     title("3. Latent actions: what a player did, learned without being told")
@@ -53,7 +57,7 @@ def main() -> None:
     parts = f"--tokenizer_checkpoint {tokenizer} --lam_checkpoint {lam}"
     train(dynamics, "train_dynamics_maskgit", f"{parts} --data_dir {data} --val_data_dir {data} {DYNAMICS}")
 
-    title("5. A video: four real frames, the rest is made")
+    title("5. A video: two real frames, the rest is made")
     run(f"python jasmine/baselines/maskgit/sample_maskgit.py {dynamics} {VIDEO}")
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. What to do next:")
     sample = f"python jasmine/baselines/maskgit/sample_maskgit.py {dynamics}"

@@ -33,6 +33,13 @@ def top_k_accuracy(
     return {f"top{k}_accuracy": _mean((rank_BTN < k).astype(jnp.float32), counted_BTN) for k in sizes}
 
 
+def copy_accuracy(token_BTN: jax.Array, counted_BTN: jax.Array | None = None) -> jax.Array:
+    """The share of tokens that are as they were in the frame before: what `top1_accuracy` has to beat. Counted from frame 1
+    on."""
+    same_BTN = (token_BTN[:, 1:] == token_BTN[:, :-1]).astype(jnp.float32)
+    return _mean(same_BTN, None if counted_BTN is None else counted_BTN[:, 1:])
+
+
 def _mean(value_BTN: jax.Array, counted_BTN: jax.Array | None) -> jax.Array:
     if counted_BTN is None:
         return value_BTN.mean()

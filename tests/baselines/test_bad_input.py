@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.tokenize import Options, load_encoder, tokenize
 from jasmine.errors import UserError
 from jasmine.training import cli
 from jasmine.training.runs import baseline_modules
 from tests import jobs
-from tests.data.token_windows import encoder, write_tokens
 from tests.jobs import FAMILY, TINY
 
 pytestmark = pytest.mark.slow  # each starts a process that imports jax
@@ -218,16 +218,31 @@ def test_data_that_the_frozen_parts_were_not_trained_on(family, wide, tmp_path):
 def test_true_actions_that_are_not_there(family, tmp_path):
     with EpisodeWriter(tmp_path / "silent" / "train", frame_shape=(16, 16, 3), fps=None) as writer:
         writer.write(np.zeros((30, 16, 16, 3), np.uint8))
-    line = refused_here(family, "diffusion", tmp_path / "run", "--data_dir", tmp_path / "silent")
-    assert "the data does not say how many actions it has, or has none; if it has, give --num_actions" in line
-    line = refused_here(family, "diffusion", tmp_path / "run", "--data_dir", tmp_path / "silent", "--num_actions", "4")
-    assert "has no actions" in line
+    for more in ([], ["--num_actions", "4"]):
+        line = refused_here(family, "diffusion", tmp_path / "run", "--data_dir", tmp_path / "silent", *more)
+        assert "--use_gt_actions: --data_dir has no actions" in line
 
 
 def test_tokens_where_frames_or_other_tokens_are_needed(family, tmp_path):
-    tokens, run_dir = write_tokens(family.data, tmp_path / "tokens", encoder()), tmp_path / "run"
+    tokens, run_dir, other = tmp_path / "tokens", tmp_path / "run", tmp_path / "other"
+    options = Options(tokenizer=str(family["vqvae"]), data=str(family.data), output_dir=str(tokens), seq_len=4)
+    tokenize(options, load_encoder(options))
     for name in ("vqvae", "mae", "lam"):
         line = refused_here(family, name, run_dir, "--data_dir", tokens)
         assert line.endswith("trains on frames; name the dataset they were made from")
-    assert "is trained along needs frames" in refused_here(family, "maskgit", run_dir, "--data_dir", tokens)
-    assert "windows of 4 frames" in refused_here(family, "causal", run_dir, "--data_dir", tokens, "--seq_len", "3")
+    shutil.copytree(family["vqvae"], other)
+    shutil.rmtree(other / "checkpoints" / "6")  # leaves step 4: the same shape, other weights
+    for name, more, says in (
+        ("maskgit", [], "a latent action model that is trained along needs frames"),
+        ("causal", [], "--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it"),
+        ("causal", ["--seq_len", "3"], "holds the tokens of windows of 4 frames; train with --seq_len=4"),
+        (
+            "causal",
+            ["--tokenizer_checkpoint", other],
+            (
+                f"--tokenizer_checkpoint={other} (step 4) is not what made the tokens in --data_dir: that was step 6 of "
+                f"{family['vqvae']}"
+            ),
+        ),
+    ):
+        assert says in refused_here(family, name, run_dir, "--data_dir", tokens, *more)

@@ -14,7 +14,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jasmine.errors import UserError
@@ -23,7 +22,7 @@ from jasmine.sampling.samplers import MaskGITSampler
 from jasmine.training import cli
 from jasmine.training.dynamics_task import DynamicsConfig, DynamicsTask
 from jasmine.training.loop import train
-from jasmine.training.losses import token_loss, top_k_accuracy
+from jasmine.training.losses import copy_accuracy, token_loss, top_k_accuracy
 from jasmine.training.task import Batch, Keys, Metrics, Modules
 
 JOB = "train_dynamics_maskgit"
@@ -101,7 +100,7 @@ class Task(DynamicsTask):
         ce, z_loss = token_loss(logits_BTNV, token_BTN, masked_BTN)
         metrics |= {"loss": ce + self.config.z_loss_weight * z_loss + extra, "ce": ce}
         metrics |= top_k_accuracy(logits_BTNV, token_BTN, masked_BTN)
-        metrics["select_prob"] = jnp.exp(-ce)
+        metrics["copy_accuracy"] = copy_accuracy(token_BTN, masked_BTN)
         if not self.config.eval_full_frame:
             return metrics, {}
         sampled, pictures = self.sampled_metrics(model, frozen, batch, keys)
