@@ -1,11 +1,11 @@
 """Measures the samplers: frames/s with the cache of keys and values, against the same model computing its whole window anew
 for every pass, which is what the published Jasmine does.
 
-    python benchmarks/sampling.py [--quick] [--dims 128 512] [--batches 1 8] [--num_blocks 6] [--dtype float32]
+    python benchmarks/sampling.py [--quick] [--dims 128 512] [--batches 1 8] [--num_blocks 2] [--dtype float32]
 
 16 tokens a frame (64×64 frames in patches of 16), windows of 16 frames, 8 heads, feed-forward four times the width, untrained
 weights. Each sampler makes the frames 1 to 16 of a window from one given frame. MaskGIT: 25 steps, of which both ways run
-the same passes (those that fix a token); diffusion: 64 levels, and 4 steps of a model with shortcuts; causal: 16 tokens. The
+the same passes (those that fix a token); diffusion: 16 steps, and 4 of a model with shortcuts; causal: 16 tokens. The
 two ways take turns, so that their ratio holds on a noisy machine; figures are medians. `flat` is the time of a frame far
 beyond the window over that of a frame within it. The last line is one JSON object.
 """
@@ -39,7 +39,7 @@ WINDOW, TOKENS, CODES, LATENT_DIM, LEVELS = 16, 16, 1024, 32, 64
 SAMPLERS: dict[str, Callable[[Any], FrameSampler]] = {
     "maskgit": lambda model: MaskGITSampler(model, steps=25),
     "causal": CausalSampler,
-    "diffusion": DiffusionSampler,
+    "diffusion": lambda model: DiffusionSampler(model, steps=16),
     "diffusion_shortcut": DiffusionSampler,
 }
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="dim 128, batch 1, two blocks, two rounds")
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--num_blocks", type=int, default=6)
+    parser.add_argument("--num_blocks", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--models", nargs="+", default=["maskgit", "causal", "diffusion", "diffusion_shortcut"])
     options = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> None:
         for batch in batches:
             for name in options.models:
                 # Recomputing takes long, and all its frames cost the same: a few tell its speed.
-                figures = measure(name, config, batch, 2 if options.quick else 5, 1 if options.quick else 2)
+                figures = measure(name, config, batch, 2 if options.quick else 3, uncached_frames=1)
                 result[f"{name}_dim{dim}_batch{batch}"] = figures
                 print(
                     f"{name:18s} dim {dim} batch {batch}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()),

@@ -307,4 +307,26 @@ def draw(key: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 
         inside = jnp.cumsum(share, axis=-1) - share < top_p  # the first is always inside
         least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_XV = jnp.where(logits_XV < least, -jnp.inf, logits_XV)
-    return jax.random.categorical(key, logits_XV).astype(jnp.int32)
+    return _categorical(key, logits_XV)
+
+
+def _categorical(key: jax.Array, logits_XV: jax.Array) -> jax.Array:
+    """Draws by inverting the cumulative distribution, first over groups of codes and then within one: one random number a
+    draw, where Gumbel noise takes one for every code, which costs more than a small model does."""
+    V = logits_XV.shape[-1]
+    size = math.isqrt(V - 1) + 1
+    weight_XV = jnp.exp(logits_XV - logits_XV.max(-1, keepdims=True))
+    padding = [(0, 0)] * (logits_XV.ndim - 1) + [(0, size * size - V)]
+    weight_XGS = jnp.pad(weight_XV, padding).reshape(*logits_XV.shape[:-1], size, size)
+    until = jnp.triu(jnp.ones((size, size), weight_XV.dtype))  # a product with it adds up what stands before
+    groups_XG = jnp.matmul(weight_XGS.sum(-1), until, precision="highest")
+    point_X = jax.random.uniform(key, logits_XV.shape[:-1]) * groups_XG[..., -1]
+    group_X = jnp.minimum((groups_XG <= point_X[..., None]).sum(-1), size - 1)
+    chosen_XS = jnp.take_along_axis(weight_XGS, group_X[..., None, None], axis=-2)[..., 0, :]
+    within_XS = jnp.matmul(chosen_XS, until, precision="highest")
+    before_X = jnp.take_along_axis(groups_XG, group_X[..., None], axis=-1)[..., 0] - within_XS[..., -1]
+    place_X = jnp.minimum((within_XS <= (point_X - before_X)[..., None]).sum(-1), size - 1)
+    index_X = jnp.minimum(group_X * size + place_X, V - 1)
+    # Rounding may point past the last weight of a group; the likeliest code is then as good as any.
+    allowed_X = jnp.take_along_axis(weight_XV, index_X[..., None], axis=-1)[..., 0] > 0
+    return jnp.where(allowed_X, index_X, jnp.argmax(logits_XV, axis=-1)).astype(jnp.int32)

@@ -193,7 +193,7 @@ def test_a_config_that_is_damaged(family, tmp_path):
         ("causal", "--use_gt_actions", "--use_gt_actions and --lam_checkpoint exclude each other"),
         ("causal", "--num_blocks 3 --time_every 2", "--num_blocks=3 is not a multiple of --time_every=2"),
         ("causal", "--num_heads 4 --num_kv_heads 3", "--num_kv_heads=3 does not divide --num_heads=4"),
-        ("causal", "--positions rope --num_heads 16", "--positions=rope needs heads of an even size, and --model_dim=16"),
+        ("causal", "--positions rope --num_heads 16", "rotary positions need heads of an even size"),
         ("diffusion", "--label_fraction 0", "--label_fraction=0.0: a share above 0, up to 1"),
         ("diffusion", "--num_actions 3", "--num_actions=3, but the data has actions up to 3"),
         ("diffusion", "--diffusion_denoise_steps 1", "--diffusion_denoise_steps=1: must be at least 2"),
