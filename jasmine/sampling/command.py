@@ -72,7 +72,7 @@ def typed_actions(text: str, count: int, num_actions: int) -> np.ndarray:
     for part in text.split(","):
         action, _, times = part.strip().partition("x")
         number = "-1" if action == "?" else action
-        if not number.removeprefix("-").isdigit() or (times and not times.isdigit()):
+        if not number.removeprefix("-").isdecimal() or (times and not times.isdecimal()):
             raise UserError(
                 f"--actions={text}: {part.strip()!r} is no action; give recorded, random, or a list such as 0,3x5,?"
             )
@@ -85,7 +85,8 @@ def typed_actions(text: str, count: int, num_actions: int) -> np.ndarray:
 
 
 def sample(config: SampleConfig, run: str, job: str) -> None:
-    """Samples and writes `sample.gif`, `sample.mp4`, `sample.json`, and `quality.png` where the true frames are known.
+    """Samples and writes `sample.gif`, `sample.mp4`, `sample.json`, and the curves `psnr.png` and `ssim.png` where the true
+    frames are known.
 
     Raises:
         UserError: options that do not fit the run, its data or each other; another kind of run than `job` trains.
@@ -95,8 +96,6 @@ def sample(config: SampleConfig, run: str, job: str) -> None:
     if world.run.job != job:
         raise UserError(f"{run} was made by {world.run.job}; this samples {job}: use the sampler that goes with it")
     clips, actions, names, fps = _start(config, world)
-    output_dir = epath.Path(config.output_dir or world.run.path / "samples" / str(world.run.step))
-    output_dir.mkdir(parents=True, exist_ok=True)
     prompt = clips[:, : config.prompt_frames]
     begin = time.perf_counter()
     video = np.asarray(jax.block_until_ready(world.generate(prompt, actions, key=jax.random.key(config.seed))))
@@ -114,6 +113,8 @@ def sample(config: SampleConfig, run: str, job: str) -> None:
         "frames_per_second": made / elapsed,
         "compile_seconds": first - elapsed,
     }
+    output_dir = epath.Path(config.output_dir or world.run.path / "samples" / str(world.run.step))
+    output_dir.mkdir(parents=True, exist_ok=True)
     columns = [Column("sampled", video)]
     if config.actions == "recorded":
         truth = clips.astype(np.float32) / 255
@@ -161,6 +162,15 @@ def _start(config: SampleConfig, world: World) -> tuple[np.ndarray, np.ndarray, 
             )
         recorded = config.actions == "recorded"
         needed = config.num_frames if recorded else config.prompt_frames
+        if dataset.frame_shape != world.frame_shape:
+            raise UserError(
+                f"{path} has frames of {dataset.frame_shape}, and {world.run.path} makes {world.frame_shape}"
+            )
+        if needed > (longest := int(dataset.lengths.max())):
+            option, otherwise = ("num_frames", ", or --actions random") if recorded else ("prompt_frames", "")
+            raise UserError(
+                f"--{option}={needed} is longer than every episode of {path}: give at most {longest}{otherwise}"
+            )
         sampler = WindowSampler(dataset.lengths, needed, config.seed, source=path)
         episodes, starts = sampler.windows(0, config.num_clips)
         clips, true_actions = dataset.read_windows(episodes, starts, needed)

@@ -118,15 +118,16 @@ class DynamicsTask(BaseTask):
                 f"--patch_size={config.patch_size}, but the tokenizer {tokenizer.path} has patches of "
                 f"{tokenizer.config.patch_size}; leave the option out"
             )
-        num_actions = self.num_actions
-        if num_actions is None:
-            raise UserError(
-                "--use_gt_actions: the data does not say how many actions it has, or has none; if it has, give --num_actions"
-            )
-        if config.action_kind == "true" and data.num_actions and num_actions < data.num_actions:
-            raise UserError(
-                f"--num_actions={config.num_actions}, but the data has actions up to {data.num_actions - 1}"
-            )
+        if config.action_kind == "true":
+            if data.num_actions is None:
+                raise UserError(
+                    "--use_gt_actions: --data_dir has no actions, or not one whole number a frame; leave the option out to "
+                    "learn latent ones"
+                )
+            if config.num_actions is not None and config.num_actions < data.num_actions:
+                raise UserError(
+                    f"--num_actions={config.num_actions}, but the data has actions up to {data.num_actions - 1}"
+                )
         if config.action_kind == "frozen" and self.frozen["lam"].data.frame_shape != data.frame_shape:
             raise UserError(
                 f"--lam_checkpoint={self.frozen['lam'].path}: it was trained on frames of "

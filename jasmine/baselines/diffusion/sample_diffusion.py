@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from typing import Any
 
+from jasmine.errors import UserError
 from jasmine.sampling import command
 from jasmine.training import cli
 
@@ -21,6 +22,14 @@ class Config(command.SampleConfig):
     """Steps from noise to a frame. Default: 4 of a model trained with --shortcut, else as many as it has levels."""
     diffusion_corrupt_context_factor: float | None = None
     """Share of noise in finished frames as later ones see them. Default: what the run was trained with."""
+
+    def check(self) -> None:
+        super().check()
+        if self.diffusion_steps is not None and self.diffusion_steps < 1:
+            raise UserError(f"--diffusion_steps={self.diffusion_steps}: must be at least 1")
+        factor = self.diffusion_corrupt_context_factor
+        if factor is not None and not 0 <= factor <= 1:
+            raise UserError(f"--diffusion_corrupt_context_factor={factor}: a share from 0 to 1")
 
     def sampler_options(self) -> dict[str, Any]:
         corrupt = self.diffusion_corrupt_context_factor

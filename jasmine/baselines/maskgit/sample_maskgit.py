@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from typing import Any
 
+from jasmine.errors import UserError
 from jasmine.sampling import command
 from jasmine.training import cli
 
@@ -20,15 +21,24 @@ class Config(command.SampleConfig):
 
     maskgit_steps: int | None = None
     """Rounds of the schedule. Default: those the run was evaluated with."""
-    temperature: float = 1.0
-    """Of the draws of tokens; 0 takes the likeliest."""
+    temperature: float | None = None
+    """Of the draws of tokens; 0 takes the likeliest. Default: that which the run was evaluated with."""
     choice_temperature: float = 1.0
     """How much chance there is in which tokens are fixed first."""
 
+    def check(self) -> None:
+        super().check()
+        if self.maskgit_steps is not None and self.maskgit_steps < 1:
+            raise UserError(f"--maskgit_steps={self.maskgit_steps}: must be at least 1")
+        for name in ("temperature", "choice_temperature"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name}={getattr(self, name)}: cannot be negative")
+
     def sampler_options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "choice_temperature": self.choice_temperature} | (
-            {} if self.maskgit_steps is None else {"steps": self.maskgit_steps}
-        )
+        given = {"steps": self.maskgit_steps, "temperature": self.temperature}
+        return {name: value for name, value in given.items() if value is not None} | {
+            "choice_temperature": self.choice_temperature
+        }
 
 
 if __name__ == "__main__":
