@@ -82,9 +82,6 @@ class WorldModel(Protocol):
     """What is needed of `jasmine.sampling.world.World`."""
 
     @property
-    def seq_len(self) -> int: ...
-
-    @property
     def action_kind(self) -> str: ...
 
     @property

@@ -232,7 +232,11 @@ class DynamicsTask(BaseTask):
             return batch["actions"][:, :-1]
         if "latent_actions" in batch:
             return batch["latent_actions"][:, :-1]
-        lam: Any = frozen["lam"] if kind == "frozen" else model.lam  # type: ignore[union-attr]
+        if kind == "trained":
+            assert model is not None
+            lam = model.lam
+        else:
+            lam = frozen["lam"]
         return lam.encode_actions(batch["videos"].astype(jnp.float32) / 255)
 
     def action_tokens(self, model: WorldModel, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:

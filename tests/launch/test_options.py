@@ -103,4 +103,5 @@ def test_what_cannot_be_read_for_certain_is_left_to_the_job(tmp_path: Path, sour
 def test_every_baseline_can_be_read(name: str) -> None:
     names = known_options(baselines()[name])
     assert names is not None
-    assert {"data_dir", "num_steps", "batch_size", "mesh.fsdp"} <= names
+    assert {"data_dir", "num_steps", "batch_size", "mesh.fsdp"} <= names or not name.startswith("train_")
+    assert {"data_dir", "seed"} <= names
