@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jasmine.models import quantized
 from jasmine.models.quantized import int8_product
 from jasmine.models.tokenizer import patchify
 from jasmine.models.transformer import SpaceTimeTransformer, TransformerConfig
@@ -230,8 +230,8 @@ def test_loss_follows_bfloat16(mesh, bfloat16):
 
 
 def test_four_bits_would_not_follow(bfloat16, monkeypatch):
-    quantize = quantized.qwix.quantize
-    monkeypatch.setattr(quantized.qwix, "quantize", lambda x, _, **options: quantize(x, jnp.int4, **options))
+    quantize = qwix.quantize
+    monkeypatch.setattr(qwix, "quantize", lambda x, _, **options: quantize(x, jnp.int4, **options))
     assert deviation(losses(single(), quantize="int8"), bfloat16) > 0.1
 
 
