@@ -45,9 +45,9 @@ class Checkpointer:
         """
         self.directory = directory
         self._failures = 0
-        self._failed_steps: set[int] = (
-            set()
-        )  # Orbax lists a step from the beginning of its save, whatever becomes of it
+        self.problem = ""  # what became of the last save that failed, as one line
+        # Orbax lists a step from the beginning of its save, whatever becomes of it.
+        self._failed_steps: set[int] = set()
         self._saving: int | None = None
         keep: list[Any] = [checkpoint_managers.LatestN(config.keep_checkpoints)]
         if config.log_checkpoint_keep_period > 0:
@@ -127,11 +127,12 @@ class Checkpointer:
             self._manager.reload()
         which = f"the checkpoint of step {step}"
         text = f"{which} could not be saved in {self.directory}: {reason(error)}"
+        self.problem = f"{text}. The last good one: {self._newest()}"
         if self._failures >= FAILED_SAVES_IN_A_ROW:
             raise UserError(
                 f"{text}; {self._failures} saves in a row failed. The last good one: {self._newest()}"
             ) from error
-        print(f"warning: {text}; training goes on. The last good one: {self._newest()}", flush=True)
+        print(f"warning: {self.problem}", flush=True)
 
     def _remove_partial(self) -> None:
         """Gives back the space of a save that failed; where the disk is full, the next one needs it."""

@@ -254,9 +254,7 @@ class _Run:
             if self.step % config.log_checkpoint_interval == 0 or self.step == last:
                 since_time += self._save()  # a save's time is in its event; here it would look like a slow step
         if not self.checkpoints.wait() or self.step not in self.checkpoints.steps():
-            raise UserError(
-                f"finished step {self.step}, but its checkpoint could not be saved in {self.run_dir} (see above)"
-            )
+            raise UserError(f"finished step {self.step}, but {self.checkpoints.problem}")
         self._event("finished", step=self.step)
         _say(f"finished at step {self.step}; run directory {self.run_dir}")
         return False
@@ -324,7 +322,7 @@ class _Run:
         self._event("signalled", step=self.step, signal=signal_name)
         self._save()
         if not self.checkpoints.wait():
-            raise UserError(f"{signal_name} at step {self.step}, but its checkpoint could not be saved (see above)")
+            raise UserError(f"{signal_name} at step {self.step}, but {self.checkpoints.problem}")
         self._event("saved", step=self.step)
         _say(f"saved step {self.step}; run me again to go on (exit code {EXIT_SAVED})")
 
