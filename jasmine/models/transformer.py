@@ -384,7 +384,7 @@ class UnrolledTransformer:
         place_B: jax.Array,
         before: list[KeyValue],
         first: jax.Array | int,
-    ) -> tuple[jax.Array, list[KeyValue]]:
+    ) -> tuple[jax.Array, list[KeyValue], list[KeyValue]]:
         """The tokens from `first` on of a frame that is causal in space.
 
         Args:
@@ -394,7 +394,8 @@ class UnrolledTransformer:
             first: which token of the frame x begins with, registers not counted.
 
         Returns:
-            outputs (B, S, O), and `before` filled in.
+            outputs (B, S, O); `before` filled in; for each time layer the tokens' keys and values (B, S, G, D), those of
+            registers included.
         """
         registers = self.config.num_registers
         size, start = x_BSM.shape[1], first + registers
@@ -403,8 +404,8 @@ class UnrolledTransformer:
             start = 0
         length = x_BSM.shape[1]
         mine = [tuple(jax.lax.dynamic_slice_in_dim(a, start, length, 1) for a in layer) for layer in past]
-        x, _, before = self._run(x_BSM, mine, place_B, before, start)
-        return self._head(x[:, length - size :]), before
+        x, new, before = self._run(x_BSM, mine, place_B, before, start)
+        return self._head(x[:, length - size :]), before, new
 
     def _with_registers(self, x_BNM: jax.Array) -> jax.Array:
         registers = self.transformer.registers

@@ -2,11 +2,12 @@
 
 A model is trained on windows of W frames, so it is never shown more than W at once, nor a place in time that it has not
 seen. Within the first W frames the context of a frame is all frames before it. After that it begins at `window_start`: half
-a window is dropped at a time, and the context holds between half a window and a whole one. `CachedContext` keeps two
-caches that begin half a window apart; when the one in use is full, the other, half full, takes over, and the full one
-begins anew. So every key and value was computed within a window that the model could have been trained on, whatever the
-layers are (no drift of positions, nothing of frames that have left the window), and each frame costs the same however long
-the video is: its refinement passes, and one pass over the finished frame for both caches at once.
+a window is dropped at a time, and the context holds between half a window and a whole one. `CachedContext` keeps the
+embedded frames of the window beside their keys and values; when half of them are dropped, those of the other half are
+computed anew, in one pass over all of them. So every key and value was computed within a window that the model could have
+been trained on, whatever the layers are (no drift of positions, nothing of frames that have left the window), and the cost
+of a frame does not depend on how long the video is: its refinement passes, one pass over the finished frame (none where
+the sampler's own passes made its keys and values), and twice a window the pass over half of it.
 
 `RecomputedContext` gives the same outputs by running the whole window for every pass, as the published Jasmine does. It is
 there to test and to measure against.
@@ -22,9 +23,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jasmine.models.transformer import SpaceTimeTransformer, UnrolledTransformer
+from jasmine.models.transformer import KeyValue, SpaceTimeTransformer, UnrolledTransformer
 
 State = Any
+Made = list[KeyValue]
+"""Keys and values of tokens of a new frame, (B, S, G, D), for each time layer; a context without a cache makes none."""
 
 
 def window_start(frame: jax.Array | int, window: int) -> Any:
@@ -48,28 +51,37 @@ class Context(Protocol):
     def frame(self, opened: State, x_BNM: jax.Array) -> jax.Array:
         """The transformer's outputs (B, N, O) for the next frame."""
 
-    def first_token(self, opened: State, x_B1M: jax.Array) -> tuple[jax.Array, State]:
-        """Of a model that is causal in space: the output (B, O) at the frame's first token, and the frame so far."""
+    def first_token(self, opened: State, x_B1M: jax.Array) -> tuple[jax.Array, State, Made]:
+        """Of a model that is causal in space: the output (B, O) at the frame's first token, the frame so far, and what
+        the pass made that `commit` can use."""
 
-    def next_token(self, opened: State, so_far: State, x_B1M: jax.Array, index: jax.Array) -> tuple[jax.Array, State]:
-        """The output at token `index`, given the tokens before it."""
+    def next_token(
+        self, opened: State, so_far: State, x_B1M: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, State, Made]:
+        """The same at token `index`, given the tokens before it."""
 
-    def commit(self, state: State, x_BNM: jax.Array) -> State:
-        """The state with the finished frame appended."""
+    def commit(self, state: State, x_BNM: jax.Array, made: Made | None = None) -> State:
+        """The state with the finished frame appended. `made`: what the passes over its tokens made, along axis 1."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of two streams of frames that begin half a window apart.
+    """The frames of the window, and their keys and values.
 
     Attributes:
-        layers: for each time layer keys and values, each (2, B, R + N, G, W, D).
-        num_frames: int32 scalar, frames so far.
+        x_BWNM: embedded frames at their places in the window.
+        layers: for each time layer keys and values, each (B, R + N, G, W, D).
+        num_frames: int32 scalar, frames of the video so far.
     """
 
-    layers: list[Any]
+    x_BWNM: jax.Array
+    layers: list[KeyValue]
     num_frames: jax.Array
+
+    def place(self, window: int) -> jax.Array:
+        """The next frame's place in its window."""
+        return self.num_frames - window_start(self.num_frames, window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,75 +94,61 @@ class CachedContext:
     """Tokens in a frame, without registers."""
 
     def begin(self, x_BTNM: jax.Array) -> Cache:
-        B, T = x_BTNM.shape[:2]
-        width = self.tokens + self.transformer.config.num_registers
-        shape = (2, B, width, self.transformer.kv_heads, self.window, self.transformer.config.head_dim)
-        dtype = self.transformer.config.dtype
-        layers: list[Any] = [
-            (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.transformer.num_time_layers)
-        ]
-        start = window_start(T, self.window)
-        stream = (start // (self.window // 2)) % 2
-        for begin, place in ((start, stream), (start + self.window // 2, 1 - stream)):
-            if begin < T:
-                _, kept = self.transformer.transformer.with_keys_values(x_BTNM[:, begin:])
-                layers = [
-                    tuple(
-                        old.at[place, :, :, :, : T - begin].set(new[k].swapaxes(2, 3))
-                        for old, new in zip(layers[k], kept, strict=True)
-                    )
-                    for k in range(len(layers))
-                ]
-        return Cache(layers, jnp.asarray(T, jnp.int32))
+        T = x_BTNM.shape[1]
+        kept = x_BTNM[:, window_start(T, self.window) :]
+        return Cache(_fill(kept, self.window, 1), self._layers(kept), jnp.asarray(T, jnp.int32))
 
-    def _places(self, cache: Cache) -> tuple[jax.Array, jax.Array]:
-        """The stream in use, and the next frame's place in it."""
-        start = window_start(cache.num_frames, self.window)
-        return (start // (self.window // 2)) % 2, cache.num_frames - start
+    def _layers(self, x_BTNM: jax.Array) -> list[KeyValue]:
+        """Keys and values of frames from the window's start on, in arrays that hold a whole window."""
+        _, stacked = self.transformer.transformer.with_keys_values(x_BTNM)
+        filled = [_fill(a.swapaxes(3, 4), self.window, 4) for a in stacked]
+        return [(filled[0][k], filled[1][k]) for k in range(self.transformer.num_time_layers)]
 
-    def open(self, cache: Cache) -> tuple[list[Any], jax.Array]:
-        stream, place = self._places(cache)
-        # The one copy of the cache that a frame costs, so that its passes read arrays of their own.
-        past = [tuple(jax.lax.dynamic_index_in_dim(a, stream, 0, False) for a in layer) for layer in cache.layers]
-        return past, jnp.broadcast_to(place, past[0][0].shape[:1])
+    def open(self, cache: Cache) -> tuple[list[KeyValue], jax.Array]:
+        return cache.layers, jnp.broadcast_to(cache.place(self.window), cache.x_BWNM.shape[:1])
 
     def frame(self, opened: Any, x_BNM: jax.Array) -> jax.Array:
         past, place_B = opened
         return self.transformer.frame(x_BNM, past, place_B)[0]
 
-    def first_token(self, opened: Any, x_B1M: jax.Array) -> tuple[jax.Array, State]:
+    def first_token(self, opened: Any, x_B1M: jax.Array) -> tuple[jax.Array, State, Made]:
         past, place_B = opened
         config = self.transformer.config
         width = self.tokens + config.num_registers
         shape = (x_B1M.shape[0], width, self.transformer.kv_heads, config.head_dim)
         empty = [(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in self.transformer.blocks]
-        y_B1O, so_far = self.transformer.tokens(x_B1M, past, place_B, empty, 0)
-        return y_B1O[:, 0], so_far
+        y_B1O, so_far, made = self.transformer.tokens(x_B1M, past, place_B, empty, 0)
+        return y_B1O[:, 0], so_far, made
 
-    def next_token(self, opened: Any, so_far: State, x_B1M: jax.Array, index: jax.Array) -> tuple[jax.Array, State]:
+    def next_token(
+        self, opened: Any, so_far: State, x_B1M: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, State, Made]:
         past, place_B = opened
-        y_B1O, so_far = self.transformer.tokens(x_B1M, past, place_B, so_far, index)
-        return y_B1O[:, 0], so_far
+        y_B1O, so_far, made = self.transformer.tokens(x_B1M, past, place_B, so_far, index)
+        return y_B1O[:, 0], so_far, made
 
-    def commit(self, cache: Cache, x_BNM: jax.Array) -> Cache:
-        # By the context of the frame after: with an odd window, the frame that fills one stream begins it anew as well.
-        start = window_start(cache.num_frames + 1, self.window)
-        stream, place = (start // (self.window // 2)) % 2, cache.num_frames - start
-        other = place - self.window // 2  # below 0: that stream has not begun, and place 0 is written again when it has
-        B = x_BNM.shape[0]
-        places_2 = jnp.where(jnp.arange(2) == stream, place, jnp.maximum(other, 0))
-        places_P = jnp.repeat(places_2, B)  # both streams as one batch of twice the size
-        flat = [tuple(a.reshape(2 * B, *a.shape[2:]) for a in layer) for layer in cache.layers]
-        _, new = self.transformer.frame(jnp.tile(x_BNM, (2, 1, 1)), flat, places_P)
-        rows_P = jnp.arange(2 * B)
-        layers = [
-            tuple(
-                old.at[rows_P, :, :, places_P].set(added).reshape(2, B, *old.shape[1:])
-                for old, added in zip(layer, layer_new, strict=True)
-            )
-            for layer, layer_new in zip(flat, new, strict=True)
-        ]
-        return Cache(layers, cache.num_frames + 1)
+    def commit(self, cache: Cache, x_BNM: jax.Array, made: Made | None = None) -> Cache:
+        place, half = cache.place(self.window), self.window // 2
+        x_BWNM = jax.lax.dynamic_update_index_in_dim(cache.x_BWNM, x_BNM, place, 1)
+
+        def append() -> tuple[jax.Array, list[KeyValue]]:
+            new = self.transformer.frame(x_BNM, *self.open(cache))[1] if made is None else made
+            layers = [
+                tuple(jax.lax.dynamic_update_index_in_dim(*both, place, 3) for both in zip(old, added, strict=True))
+                for old, added in zip(cache.layers, new, strict=True)
+            ]
+            return x_BWNM, layers
+
+        def drop_half() -> tuple[jax.Array, list[KeyValue]]:
+            return _fill(x_BWNM[:, half:], self.window, 1), self._layers(x_BWNM[:, half:])
+
+        x_BWNM, layers = jax.lax.cond(place == self.window - 1, drop_half, append)
+        return Cache(x_BWNM, layers, cache.num_frames + 1)
+
+
+def _fill(array: jax.Array, size: int, axis: int) -> jax.Array:
+    """Zeros behind, up to `size`."""
+    return jnp.pad(array, [(0, size - n if k == axis else 0) for k, n in enumerate(array.shape)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +162,7 @@ class RecomputedContext:
     def begin(self, x_BTNM: jax.Array) -> State:
         T = x_BTNM.shape[1]
         start = window_start(T, self.window)
-        kept = x_BTNM[:, start:]
-        padding = ((0, 0), (0, self.window - kept.shape[1]), (0, 0), (0, 0))
-        return jnp.pad(kept, padding), jnp.asarray(T, jnp.int32)
+        return _fill(x_BTNM[:, start:], self.window, 1), jnp.asarray(T, jnp.int32)
 
     def open(self, state: State) -> State:
         x_BWNM, num_frames = state
@@ -177,15 +173,17 @@ class RecomputedContext:
         x_BWNM = jax.lax.dynamic_update_index_in_dim(x_BWNM, x_BNM, place, 1)
         return jax.lax.dynamic_index_in_dim(self.transformer(x_BWNM), place, 1, False)
 
-    def first_token(self, opened: Any, x_B1M: jax.Array) -> tuple[jax.Array, State]:
-        x_BNM = jnp.pad(x_B1M, ((0, 0), (0, self.tokens - 1), (0, 0)))
-        return self.frame(opened, x_BNM)[:, 0], x_BNM
+    def first_token(self, opened: Any, x_B1M: jax.Array) -> tuple[jax.Array, State, Made]:
+        x_BNM = _fill(x_B1M, self.tokens, 1)
+        return self.frame(opened, x_BNM)[:, 0], x_BNM, []
 
-    def next_token(self, opened: Any, so_far: State, x_B1M: jax.Array, index: jax.Array) -> tuple[jax.Array, State]:
+    def next_token(
+        self, opened: Any, so_far: State, x_B1M: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, State, Made]:
         x_BNM = jax.lax.dynamic_update_slice_in_dim(so_far, x_B1M, index, 1)
-        return jax.lax.dynamic_index_in_dim(self.frame(opened, x_BNM), index, 1, False), x_BNM
+        return jax.lax.dynamic_index_in_dim(self.frame(opened, x_BNM), index, 1, False), x_BNM, []
 
-    def commit(self, state: State, x_BNM: jax.Array) -> State:
+    def commit(self, state: State, x_BNM: jax.Array, made: Made | None = None) -> State:
         x_BWNM, num_frames = state
         now, then = (window_start(frames, self.window) for frames in (num_frames, num_frames + 1))
         x_BWNM = jax.lax.dynamic_update_index_in_dim(x_BWNM, x_BNM, num_frames - now, 1)

@@ -21,7 +21,7 @@ import numpy as np
 from jasmine.errors import UserError
 from jasmine.models.dynamics import DynamicsCausal, DynamicsDiffusion, DynamicsMaskGIT
 from jasmine.models.transformer import UnrolledTransformer
-from jasmine.sampling.context import CachedContext, Context, RecomputedContext, State
+from jasmine.sampling.context import CachedContext, Context, Made, RecomputedContext, State
 
 
 class FrameSampler(Protocol):
@@ -39,8 +39,9 @@ class FrameSampler(Protocol):
 
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """The next frame, given the one before it and the action that leads to it."""
+    ) -> tuple[jax.Array, Made | None]:
+        """The next frame, given the one before it and the action that leads to it; and what its passes made that
+        `Context.commit` can use."""
 
     def embed(self, frame_BN: jax.Array, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array) -> jax.Array:
         """A finished frame as later frames see it, embedded (B, width, M)."""
@@ -103,8 +104,8 @@ def next_frame(
     key: jax.Array,
 ) -> tuple[State, jax.Array]:
     """One frame more: the context with it, and the frame. `key` is that of the frame."""
-    frame_BN = sampler.sample(context, context.open(state), previous_BN, action_BM, key)
-    return context.commit(state, sampler.embed(frame_BN, previous_BN, action_BM, key)), frame_BN
+    frame_BN, made = sampler.sample(context, context.open(state), previous_BN, action_BM, key)
+    return context.commit(state, sampler.embed(frame_BN, previous_BN, action_BM, key), made), frame_BN
 
 
 # --- MaskGIT ----------------------------------------------------------------------------------------------------
@@ -143,22 +144,20 @@ class MaskGITSampler:
 
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         B, N = previous_BN.shape
         left = self.schedule(N)
 
         def refine(
-            carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array]
+            carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             token_BN, masked_BN = carry
-            num_left, index = scanned
-            token_key, choice_key = jax.random.split(jax.random.fold_in(key, index))
+            num_left, point_BN, noise_BN = scanned
             x_BNM = self.dynamics.embed(token_BN, action_BM, masked_BN, previous_BN)
             logits_BNV = context.frame(opened, x_BNM)[:, 1:].astype(jnp.float32)
-            drawn_BN = draw(token_key, logits_BNV, self.temperature)
+            drawn_BN = draw(point_BN, logits_BNV, self.temperature)
             log_BNV = jax.nn.log_softmax(logits_BNV)
             confidence_BN = jnp.take_along_axis(log_BNV, drawn_BN[..., None], -1)[..., 0]
-            noise_BN = jax.random.gumbel(choice_key, confidence_BN.shape)
             confidence_BN = confidence_BN + self.choice_temperature * (num_left / N) * noise_BN
             confidence_BN = jnp.where(masked_BN, confidence_BN, jnp.inf)
             token_BN = jnp.where(masked_BN, drawn_BN, token_BN)
@@ -166,8 +165,11 @@ class MaskGITSampler:
             return (token_BN, rank_BN < num_left), None
 
         start = (jnp.zeros((B, N), jnp.int32), jnp.ones((B, N), bool))
-        (token_BN, _), _ = jax.lax.scan(refine, start, (jnp.asarray(left), jnp.arange(len(left))))
-        return token_BN
+        rounds = (len(left), B, N)
+        points = jax.random.uniform(jax.random.fold_in(key, 0), rounds)
+        noise = jax.random.gumbel(jax.random.fold_in(key, 1), rounds)
+        (token_BN, _), _ = jax.lax.scan(refine, start, (jnp.asarray(left), points, noise))
+        return token_BN, None
 
 
 # --- causal -----------------------------------------------------------------------------------------------------
@@ -199,24 +201,30 @@ class CausalSampler:
 
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        N = previous_BN.shape[1]
+    ) -> tuple[jax.Array, Made]:
+        B, N = previous_BN.shape
         known_BNM = self.dynamics.look_back(previous_BN)
+        points_NB = jax.random.uniform(key, (N, B))
         choose = functools.partial(draw, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         x_B1M = action_BM[:, None] + known_BNM[:, :1]
-        logits_BV, so_far = context.first_token(opened, x_B1M)
-        first_B = choose(jax.random.fold_in(key, 0), logits_BV.astype(jnp.float32))
+        logits_BV, so_far, made_first = context.first_token(opened, x_B1M)
+        first_B = choose(points_NB[0], logits_BV.astype(jnp.float32))
 
-        def write(carry: tuple[jax.Array, State], index: jax.Array) -> tuple[tuple[jax.Array, State], jax.Array]:
+        def write(
+            carry: tuple[jax.Array, State], scanned: tuple[jax.Array, jax.Array]
+        ) -> tuple[tuple[jax.Array, State], Any]:
+            index, point_B = scanned
             token_B, so_far = carry
             known_B1M = jax.lax.dynamic_slice_in_dim(known_BNM, index, 1, 1)
             x_B1M = self.dynamics.token(token_B)[:, None] + known_B1M
-            logits_BV, so_far = context.next_token(opened, so_far, x_B1M, index)
-            token_B = choose(jax.random.fold_in(key, index), logits_BV.astype(jnp.float32))
-            return (token_B, so_far), token_B
+            logits_BV, so_far, made = context.next_token(opened, so_far, x_B1M, index)
+            token_B = choose(point_B, logits_BV.astype(jnp.float32))
+            return (token_B, so_far), (token_B, [tuple(a[:, 0] for a in layer) for layer in made])
 
-        _, rest = jax.lax.scan(write, (first_B, so_far), jnp.arange(1, N))
-        return jnp.concatenate([first_B[:, None], rest.T], axis=1)
+        _, rest = jax.lax.scan(write, (first_B, so_far), (jnp.arange(1, N), points_NB[1:]))
+        # The keys and values of every token are made by now: the finished frame needs no pass of its own.
+        first = (first_B[:, None], made_first)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.moveaxis(b, 0, 1)], axis=1), first, rest)
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ class DiffusionSampler:
 
     def sample(
         self, context: Context, opened: State, previous_BN: jax.Array, action_BM: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         steps, shape = self.num_steps, previous_BN.shape[:1]
         halvings_B = self._halvings(shape, steps)
         past_BNL = self.corrupt(previous_BN, jax.random.fold_in(key, 2))
@@ -290,11 +298,12 @@ class DiffusionSampler:
             return x_BNL + (self.dynamics.head(out, past_BNL) - x_BNL) / (steps - step), None
 
         noise_BNL = jax.random.normal(jax.random.fold_in(key, 0), previous_BN.shape)
-        return jax.lax.scan(denoise, noise_BNL, jnp.arange(steps))[0]
+        return jax.lax.scan(denoise, noise_BNL, jnp.arange(steps))[0], None
 
 
-def draw(key: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-    """Int32 indices (X) drawn from logits, float32 (X, V); see `CausalSampler` for the options."""
+def draw(point_X: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+    """Int32 indices (X) drawn from logits, float32 (X, V), by one number each, uniform in [0, 1); see `CausalSampler` for
+    the options."""
     if temperature == 0:
         return jnp.argmax(logits_XV, axis=-1).astype(jnp.int32)
     logits_XV = logits_XV / temperature
@@ -307,10 +316,10 @@ def draw(key: jax.Array, logits_XV: jax.Array, temperature: float, top_k: int = 
         inside = jnp.cumsum(share, axis=-1) - share < top_p  # the first is always inside
         least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_XV = jnp.where(logits_XV < least, -jnp.inf, logits_XV)
-    return _categorical(key, logits_XV)
+    return _categorical(point_X, logits_XV)
 
 
-def _categorical(key: jax.Array, logits_XV: jax.Array) -> jax.Array:
+def _categorical(point_X: jax.Array, logits_XV: jax.Array) -> jax.Array:
     """Draws by inverting the cumulative distribution, first over groups of codes and then within one: one random number a
     draw, where Gumbel noise takes one for every code, which costs more than a small model does."""
     V = logits_XV.shape[-1]
@@ -320,13 +329,13 @@ def _categorical(key: jax.Array, logits_XV: jax.Array) -> jax.Array:
     weight_XGS = jnp.pad(weight_XV, padding).reshape(*logits_XV.shape[:-1], size, size)
     until = jnp.triu(jnp.ones((size, size), weight_XV.dtype))  # a product with it adds up what stands before
     groups_XG = jnp.matmul(weight_XGS.sum(-1), until, precision="highest")
-    point_X = jax.random.uniform(key, logits_XV.shape[:-1]) * groups_XG[..., -1]
+    point_X = point_X * groups_XG[..., -1]  # below the total, as a float32 below 1 is at most 1 - 2⁻²⁴
     group_X = jnp.minimum((groups_XG <= point_X[..., None]).sum(-1), size - 1)
     chosen_XS = jnp.take_along_axis(weight_XGS, group_X[..., None, None], axis=-2)[..., 0, :]
     within_XS = jnp.matmul(chosen_XS, until, precision="highest")
     before_X = jnp.take_along_axis(groups_XG, group_X[..., None], axis=-1)[..., 0] - within_XS[..., -1]
     place_X = jnp.minimum((within_XS <= (point_X - before_X)[..., None]).sum(-1), size - 1)
-    index_X = jnp.minimum(group_X * size + place_X, V - 1)
-    # Rounding may point past the last weight of a group; the likeliest code is then as good as any.
-    allowed_X = jnp.take_along_axis(weight_XV, index_X[..., None], axis=-1)[..., 0] > 0
-    return jnp.where(allowed_X, index_X, jnp.argmax(logits_XV, axis=-1)).astype(jnp.int32)
+    # Rounding may point past the group's last weight; its likeliest code is then as good as any.
+    weight_X = jnp.take_along_axis(chosen_XS, place_X[..., None], axis=-1)[..., 0]
+    place_X = jnp.where(weight_X > 0, place_X, jnp.argmax(chosen_XS, axis=-1))
+    return (group_X * size + place_X).astype(jnp.int32)

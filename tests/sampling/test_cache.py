@@ -143,11 +143,11 @@ def test_cached_tokens_and_frames_of_a_model_that_is_causal_in_space_are_those_o
     @jit
     def step(state, x_BNM):
         opened = context.open(state)
-        first_BO, so_far = context.first_token(opened, x_BNM[:, :1])
+        first_BO, so_far, _ = context.first_token(opened, x_BNM[:, :1])
 
         def next_token(so_far, scanned):
             index, x_BM = scanned
-            output_BO, so_far = context.next_token(opened, so_far, x_BM[:, None], index)
+            output_BO, so_far, _ = context.next_token(opened, so_far, x_BM[:, None], index)
             return so_far, output_BO
 
         _, later = jax.lax.scan(next_token, so_far, (jnp.arange(1, N), x_BNM[:, 1:].swapaxes(0, 1)))

@@ -100,14 +100,15 @@ def test_maskgit_draws_depend_on_the_key_and_at_temperature_0_on_nothing(maskgit
 )
 def test_draws_are_among_the_allowed_and_reach_all_of_them(options, allowed):
     logits = jnp.log(jnp.array([0.3, 0.1, 0.4, 0.05, 0.15]))
-    drawn = draw(jax.random.key(0), jnp.broadcast_to(logits, (4000, 5)), **options)
+    drawn = draw(jax.random.uniform(jax.random.key(0), (4000,)), jnp.broadcast_to(logits, (4000, 5)), **options)
     assert drawn.dtype == jnp.int32
     assert set(drawn.tolist()) == allowed
 
 
 def test_draws_follow_the_probabilities():
     share = jnp.array([0.1, 0.2, 0.7])
-    drawn = np.asarray(draw(jax.random.key(0), jnp.broadcast_to(jnp.log(share), (20_000, 3)), 1.0))
+    points = jax.random.uniform(jax.random.key(0), (20_000,))
+    drawn = np.asarray(draw(points, jnp.broadcast_to(jnp.log(share), (20_000, 3)), 1.0))
     np.testing.assert_allclose(np.bincount(drawn) / 20_000, share, atol=0.02)
 
 
@@ -134,7 +135,7 @@ def test_a_model_that_sees_the_data_in_the_noise_makes_the_data(steps):
     data = jax.random.normal(jax.random.key(1), (B, N, L))
     sampler = DiffusionSampler(perfect_dynamics(data), steps=steps)
     context = SimpleNamespace(frame=lambda opened, shown: shown[0])
-    made = sampler.sample(context, None, jnp.zeros((B, N, L)), jnp.zeros((B, 16)), jax.random.key(5))
+    made, _ = sampler.sample(context, None, jnp.zeros((B, N, L)), jnp.zeros((B, 16)), jax.random.key(5))
     np.testing.assert_allclose(made, data, atol=1e-6)
 
 
