@@ -1,8 +1,8 @@
 """The sixteen procgen games (Cobbe et al. 2020, arXiv 1912.01588), CoinRun among them: 64×64 RGB at 15 frames a second.
 
 Each episode is one level, played until the game ends it or until `max_episode_length`. Levels are numbered, and the
-three splits own disjoint ranges of numbers, so no level of `train` is ever seen in `val` or `test`. An episode has an
-environment of its own (it takes 2 ms to make), hence depends on no other episode.
+three splits own disjoint ranges of numbers, so no level of `train` is ever seen in `val` or `test` (unless `num_levels`
+says otherwise). An episode has an environment of its own (it takes 2 ms to make), hence depends on no other episode.
 """
 
 import contextlib
@@ -79,6 +79,9 @@ class Procgen(CommonOptions):
     """In frames. Longer episodes are cut off."""
     distribution_mode: Literal["easy", "hard"] = "hard"
     """Difficulty of the levels."""
+    num_levels: int = 0
+    """Levels that all episodes, of all splits, play in turn: a small world that small models can learn. 0: every episode has
+    a level of its own."""
     policy: PolicyName = "hold"
     """hold: draw an action that suits the game, hold it for up to 8 frames. random: a uniform one at every frame."""
 
@@ -86,6 +89,8 @@ class Procgen(CommonOptions):
 def source(options: Procgen) -> Source:
     """Episodes of `options.game`. UserError for impossible lengths, or where procgen is not installed."""
     check_lengths(options.min_episode_length, options.max_episode_length)
+    if not 0 <= options.num_levels <= LEVELS_PER_SPLIT:
+        raise UserError(f"--num_levels {options.num_levels}: from 0, a level for every episode, to {LEVELS_PER_SPLIT}")
     wanted = {split: getattr(options, f"num_episodes_{split}") for split in SPLITS}
     for split, episodes in wanted.items():
         if episodes > LEVELS_PER_SPLIT // MAX_ATTEMPTS:
@@ -120,6 +125,8 @@ def level(seed: int, split: str, episode: int, attempt: int) -> int:
 
 def _play_level(options: Procgen, split: str, episode: int, attempt: int) -> Episode:
     number = level(options.seed, split, episode, attempt)
+    if options.num_levels:  # the actions differ, by split, episode and attempt
+        number = level(options.seed, "train", episode % options.num_levels, 0)
     environment = _environment_class()(
         num=1,
         env_name=options.game,
