@@ -15,10 +15,11 @@ evaluation. Loading data, logging and checkpoints are in neither.
 
 Every program is compiled afresh, without the compilation cache. The contenders take turns step by step and ratios are taken
 round by round, so that they hold on a noisy machine: `frames_over_reference` is the median of the reference's seconds over
-ours, `compile_over_reference` our seconds of lowering and compiling over its, `compile_cpu_over_reference` the same in
-processor time, which other jobs on the machine disturb less. The published loop compiles once more at its second step;
-that is only in `warmup_seconds`, the first steps of each side. Steps are timed to the end of their device work; float32
-products have jax's default precision on both sides. The last line is one JSON object.
+ours. What a user waits for compilation is `compile_over_reference`, our processor time over its (which other jobs on the
+machine disturb less than the clock): of lowering and compiling before the first step, and of what the first steps took
+beyond as many later ones. The published script compiles its step ahead, for its count of FLOPs, and throws that away: its
+first call compiles again. `first_compile_over_reference` leaves the first steps out. Steps are timed to the end of their
+device work; float32 products have jax's default precision on both sides. The last line is one JSON object.
 """
 
 import abc
@@ -125,13 +126,20 @@ def reference_options(baseline: str, shape: Shape) -> dict[str, Any]:
 
 @dataclass
 class Times:
-    """Seconds, all of them. `compile_cpu` is the processor time of lowering and compiling together."""
+    """Seconds, all of them. `compile_cpu` is the processor time of lowering and compiling together, `warmup_cpu` that of
+    the first steps."""
 
     lower: float
     compile: float
     compile_cpu: float
-    warmup: float = 0.0
+    warmup_cpu: float = 0.0
     steps: list[float] = field(default_factory=list)
+    steps_cpu: list[float] = field(default_factory=list)
+
+    @property
+    def all_compile_cpu(self) -> float:
+        """Processor time of compilation, wherever it took place."""
+        return self.compile_cpu + self.warmup_cpu - WARMUP_STEPS * statistics.median(self.steps_cpu)
 
 
 class Contender(abc.ABC):
@@ -142,8 +150,8 @@ class Contender(abc.ABC):
     """Of a batch."""
 
     @abc.abstractmethod
-    def step(self) -> float:
-        """Makes one step; the seconds that it took."""
+    def step(self) -> tuple[float, float]:
+        """Makes one step; the seconds that it took, and those of processor time."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -159,7 +167,7 @@ class Contender(abc.ABC):
             "lower_seconds": self.times.lower,
             "compile_seconds": self.times.compile,
             "compile_cpu_seconds": self.times.compile_cpu,
-            "warmup_seconds": self.times.warmup,
+            "all_compile_cpu_seconds": self.times.all_compile_cpu,
         }
 
 
@@ -206,11 +214,11 @@ class Ours(Contender):
         ended, cpu = time.perf_counter(), time.process_time() - cpu_began
         self.times = Times(lowered_at - began, ended - lowered_at, cpu)
 
-    def step(self) -> float:
-        began = time.perf_counter()
+    def step(self) -> tuple[float, float]:
+        began, cpu_began = time.perf_counter(), time.process_time()
         self.state, metrics = self.compiled(self.state, *self.inputs)
         jax.block_until_ready((self.state, metrics))
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - cpu_began
 
     def figures(self) -> dict[str, Any]:
         step, peak = statistics.median(self.times.steps), peak_flops(jax.devices()[0])
@@ -251,11 +259,12 @@ class Reference(Contender):
             )
         return json.loads(line)
 
-    def step(self) -> float:
+    def step(self) -> tuple[float, float]:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        return self._answer()["step"]
+        answer = self._answer()
+        return answer["step"], answer["step_cpu"]
 
     def close(self) -> None:
         self.process.communicate()
@@ -264,10 +273,12 @@ class Reference(Contender):
 def take_turns(contenders: list[Contender], steps: int) -> None:
     """Fills in the contenders' times, one step of each in turn."""
     for contender in contenders:
-        contender.times.warmup = sum(contender.step() for _ in range(WARMUP_STEPS))
+        contender.times.warmup_cpu = sum(contender.step()[1] for _ in range(WARMUP_STEPS))
     for _ in range(steps):
         for contender in contenders:
-            contender.times.steps.append(contender.step())
+            seconds, cpu = contender.step()
+            contender.times.steps.append(seconds)
+            contender.times.steps_cpu.append(cpu)
 
 
 def compare(ours: Times, reference: Times) -> dict[str, float]:
@@ -275,8 +286,8 @@ def compare(ours: Times, reference: Times) -> dict[str, float]:
     by_round = [theirs / mine for mine, theirs in zip(ours.steps, reference.steps, strict=True)]
     return {
         "frames_over_reference": statistics.median(by_round),
-        "compile_over_reference": (ours.lower + ours.compile) / (reference.lower + reference.compile),
-        "compile_cpu_over_reference": ours.compile_cpu / reference.compile_cpu,
+        "compile_over_reference": ours.all_compile_cpu / reference.all_compile_cpu,
+        "first_compile_over_reference": ours.compile_cpu / reference.compile_cpu,
     }
 
 

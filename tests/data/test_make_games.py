@@ -42,6 +42,19 @@ def test_splits_and_episodes_never_share_a_level() -> None:
     assert ranges == {"train": {0}, "val": {1}, "test": {2}}
 
 
+def test_few_levels_are_played_in_turn_by_all_splits() -> None:
+    options = procgen_games.Procgen(num_levels=2, max_episode_length=40)
+    episodes = {
+        (split, n): procgen_games.record(options, split, n) for split, n in (("train", 0), ("train", 2), ("val", 0))
+    }
+    other = procgen_games.record(options, "train", 1)
+    first = episodes["train", 0]
+    assert not np.array_equal(other.frames[0], first.frames[0])
+    for key in (("train", 2), ("val", 0)):
+        np.testing.assert_array_equal(episodes[key].frames[0], first.frames[0])
+        assert not np.array_equal(episodes[key].actions[:16], first.actions[:16])
+
+
 def test_coinrun_actions_lead_to_the_next_frame() -> None:
     """Played again from the same level, the recorded actions give the recorded frames."""
     options = procgen_games.Procgen(max_episode_length=60)
