@@ -1,8 +1,8 @@
 """`make world`: from nothing to a video that was never played, in a few minutes on a laptop's CPU.
 
-Makes CoinRun episodes, trains a tokenizer, a latent action model and a MaskGIT dynamics model on them, one after the
-other, each small enough for two cores, and lets the last of them dream. Every step is a command that is printed, and that
-you can type yourself.
+Makes episodes of one CoinRun level, trains a tokenizer, a latent action model and a diffusion dynamics model on them, one
+after the other, each small enough for two cores, and lets the last of them dream. Every step is a command that is printed,
+and that you can type yourself.
 """
 
 import argparse
@@ -14,27 +14,21 @@ from pathlib import Path
 from demo import console, run, title
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = "--num_episodes_train 400 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
-TRAINING = "--seq_len 4 --dtype float32 --warmup_steps 20 --log_interval 50 --val_steps 4"
-# The character is six pixels wide: patches of 4 show it, patches of 8 do not.
-TOKENIZER = (
-    "--patch_size 4 --model_dim 64 --ffn_dim 256 --num_blocks 1 --num_heads 2 --latent_dim 8 --num_latents 512 "
-    "--vq_revival 1.0 --batch_size 8 --max_lr 2e-3 --num_steps 600"
+# One level: a world small enough to be learned in minutes.
+DATA = "--num_levels 1 --num_episodes_train 300 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
+TRAINING = (
+    "--batch_size 8 --seq_len 8 --model_dim 128 --ffn_dim 512 --num_heads 4 --dtype float32 --warmup_steps 20 "
+    "--log_interval 50 --val_steps 4"
 )
-LAM = (
-    "--patch_size 16 --model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --latent_dim 16 --num_latents 6 "
-    "--batch_size 16 --max_lr 1e-3 --num_steps 500"
-)
-DYNAMICS = (
-    "--model_dim 128 --ffn_dim 512 --num_blocks 2 --num_heads 4 --batch_size 4 --max_lr 2e-3 --maskgit_steps 8 "
-    "--num_steps 400"
-)
-VIDEO = "--num_frames 16 --prompt_frames 2 --num_clips 4 --temperature 0.5"
+TOKENIZER = "--patch_size 8 --num_blocks 1 --latent_dim 32 --max_lr 3e-3 --num_steps 600"
+LAM = "--patch_size 16 --num_blocks 2 --latent_dim 16 --num_latents 6 --max_lr 2e-3 --num_steps 500"
+DYNAMICS = "--num_blocks 2 --max_lr 2e-3 --diffusion_denoise_steps 8 --num_steps 700"
+VIDEO = "--num_frames 24 --prompt_frames 4 --num_clips 4"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", default="data/demo-coinrun", help="where the episodes go; kept for the next time")
+    parser.add_argument("--data_dir", default="data/world-coinrun", help="where the episodes go; kept for the next time")
     parser.add_argument(
         "--name", default=time.strftime("world-%Y%m%d-%H%M%S"), help="what the names of the runs begin with"
     )
@@ -44,23 +38,23 @@ def main() -> None:
     data, name = shlex.quote(options.data_dir), options.name
     tokenizer, lam, dynamics = f"{name}-tokenizer", f"{name}-lam", f"{name}-dynamics"
 
-    title("1. Real data: CoinRun episodes")
+    title("1. Real data: episodes of one CoinRun level")
     run(f"python -m jasmine.data.make coinrun --output_dir {data} {DATA}")
 
-    title("2. Video tokenizer: frames to 256 tokens each, and back")
-    train(tokenizer, "train_tokenizer_vqvae", f"--data_dir {data} --val_data_dir {data} {TOKENIZER}")
+    title("2. Video tokenizer: frames to 64 latent tokens each, and back")
+    train(tokenizer, "train_tokenizer_mae", f"--data_dir {data} --val_data_dir {data} {TOKENIZER}")
 
     title("3. Latent actions: what a player did, learned without being told")
     train(lam, "train_lam", f"--data_dir {data} --val_data_dir {data} {LAM}")
 
     title("4. Dynamics: the next frame, from those before it and an action")
     parts = f"--tokenizer_checkpoint {tokenizer} --lam_checkpoint {lam}"
-    train(dynamics, "train_dynamics_maskgit", f"{parts} --data_dir {data} --val_data_dir {data} {DYNAMICS}")
+    train(dynamics, "train_dynamics_diffusion", f"{parts} --data_dir {data} --val_data_dir {data} {DYNAMICS}")
 
-    title("5. A video: two real frames, the rest is made")
-    run(f"python jasmine/baselines/maskgit/sample_maskgit.py {dynamics} {VIDEO}")
+    title("5. A video: four real frames, the rest is made")
+    run(f"python jasmine/baselines/diffusion/sample_diffusion.py {dynamics} {VIDEO}")
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. What to do next:")
-    sample = f"python jasmine/baselines/maskgit/sample_maskgit.py {dynamics}"
+    sample = f"python jasmine/baselines/diffusion/sample_diffusion.py {dynamics}"
     console.print(f"  {sample} --actions 3x8,0x8   [dim]play: action 3 for 8 frames, then 0[/]")
     console.print(f"  python -m jasmine.evaluate {dynamics} --data {data}   [dim]numbers and pictures on one page[/]")
 

@@ -1,8 +1,7 @@
-"""Every baseline learns, in about a minute each on two cores, by the commands that users type.
+"""Every baseline learns CoinRun, in a minute or two each on two cores, by the commands that users type.
 
-Tokenizers on CoinRun episodes. What actions do is learned on a game in which nothing else moves: a square that takes the
-step that its action names, on a background of noise. In CoinRun a minute's training does not tell a player's actions from
-what would have happened anyway (docs/lab-notes.md). Thresholds lie well below what was measured there.
+One level, which all episodes play: a world that is small enough for that (docs/lab-notes.md has what is learned of 400
+levels in the same time). Thresholds lie well below what was measured there.
 """
 
 import dataclasses
@@ -12,24 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from jasmine.data.episodes import EpisodeWriter
 from tests import jobs
-from tests.conftest import moving_squares
 from tests.jobs import REPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-COINRUN = (
-    "--model_dim 128 --ffn_dim 512 --num_blocks 1 --num_heads 4 --patch_size 16 --latent_dim 32 --batch_size 8 --seq_len 8 "
-    "--max_lr 3e-3 --val_steps 8"
-)
-SQUARES = "--model_dim 64 --ffn_dim 128 --num_heads 4 --batch_size 16 --val_steps 4"
-TOKENIZER = f"{SQUARES} --seq_len 6 --num_blocks 1 --patch_size 4 --latent_dim 16 --max_lr 3e-3"
-LAM = f"{SQUARES} --seq_len 4 --num_blocks 2 --patch_size 4 --latent_dim 16 --max_lr 2e-3"
-DYNAMICS = f"{SQUARES} --seq_len 6 --num_blocks 2 --use_gt_actions --max_lr 2e-3"
+COMMON = "--model_dim 128 --ffn_dim 512 --num_heads 4 --batch_size 8 --seq_len 8 --val_steps 8"
+TOKENIZER = f"{COMMON} --num_blocks 1 --patch_size 16 --latent_dim 32 --max_lr 3e-3"
+LAM = f"{COMMON} --num_blocks 2 --patch_size 16 --latent_dim 16 --max_lr 2e-3"
+DYNAMICS = f"{COMMON} --num_blocks 2 --use_gt_actions --max_lr 2e-3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +55,7 @@ def train(run_dir: Path, data: Path, script: str, options: str, steps: int) -> T
 @pytest.fixture(scope="module")
 def coinrun(tmp_path_factory):
     root = tmp_path_factory.mktemp("coinrun") / "data"
-    episodes = "--num_episodes_train 300 --num_episodes_val 30 --num_episodes_test 1"
+    episodes = "--num_levels 1 --num_episodes_train 300 --num_episodes_val 30 --num_episodes_test 1"
     command = [sys.executable, "-m", "jasmine.data.make", "coinrun", "--output_dir", str(root), *episodes.split()]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,48 +63,28 @@ def coinrun(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def squares(tmp_path_factory):
-    root = tmp_path_factory.mktemp("squares")
-    for split, episodes in (("train", 40), ("val", 6)):
-        rng = np.random.default_rng([7, episodes])
-        with EpisodeWriter(root / split, frame_shape=(16, 16, 3), fps=15, encoding="raw", num_actions=4) as writer:
-            for index in range(episodes):
-                writer.write(*moving_squares(rng, 20 + index))
-    return root
+def vqvae(coinrun, tmp_path_factory):
+    options = f"{TOKENIZER} --num_latents 512 --vq_revival 1"
+    return train(tmp_path_factory.mktemp("vqvae") / "run", coinrun, "maskgit/train_tokenizer_vqvae", options, 600)
 
 
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        ("maskgit/train_tokenizer_vqvae", "--num_latents 512 --vq_revival 1"),
-        ("diffusion/train_tokenizer_mae", ""),
-    ],
-)
-def test_tokenizers_learn_to_reconstruct_coinrun(script, options, coinrun, tmp_path):
-    tokenizer = train(tmp_path / "run", coinrun, script, f"{COINRUN} {options}", 300)
-    assert tokenizer.end("psnr") > tokenizer.start("psnr") + 0.7
-    assert tokenizer.end("psnr") > 16.0
+@pytest.fixture(scope="module")
+def mae(coinrun, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("mae") / "run", coinrun, "diffusion/train_tokenizer_mae", TOKENIZER, 600)
 
 
-def test_the_latent_action_model_finds_the_actions(squares, tmp_path):
-    lam = train(tmp_path / "run", squares, "train_lam", f"{LAM} --batch_size 32 --num_latents 6", 400)
+@pytest.mark.parametrize("kind", ["vqvae", "mae"])
+def test_tokenizers_learn_to_reconstruct(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    assert tokenizer.end("psnr") > tokenizer.start("psnr") + 1
+    assert tokenizer.end("psnr") > 20
+
+
+def test_the_latent_action_model_finds_actions(coinrun, tmp_path):
+    lam = train(tmp_path / "run", coinrun, "train_lam", f"{LAM} --num_latents 6", 400)
     assert lam.end("delta_psnr") > 0.4
     assert lam.end("psnr") > lam.end("psnr_copy") + 1
     assert lam.end("codebook_perplexity") > 1.5  # it has not fallen to one action
-
-
-@pytest.fixture(scope="module")
-def vqvae(squares, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("vqvae") / "run"
-    options = f"{TOKENIZER} --num_latents 64 --vq_revival 1"
-    return train(run_dir, squares, "maskgit/train_tokenizer_vqvae", options, 300).run_dir
-
-
-@pytest.fixture(scope="module")
-def mae(squares, tmp_path_factory):
-    return train(
-        tmp_path_factory.mktemp("mae") / "run", squares, "diffusion/train_tokenizer_mae", TOKENIZER, 300
-    ).run_dir
 
 
 @pytest.mark.parametrize(
@@ -125,9 +97,9 @@ def mae(squares, tmp_path_factory):
     ],
     ids=["maskgit", "causal", "diffusion", "shortcut"],
 )
-def test_dynamics_learn_to_move_as_they_are_told(script, tokenizer, options, squares, tmp_path, request):
-    frozen = request.getfixturevalue(tokenizer)
-    world = train(tmp_path / "run", squares, script, f"{DYNAMICS} --tokenizer_checkpoint {frozen} {options}", 400)
+def test_dynamics_learn_to_move_as_they_are_told(script, tokenizer, options, coinrun, tmp_path, request):
+    frozen = request.getfixturevalue(tokenizer).run_dir
+    world = train(tmp_path / "run", coinrun, script, f"{DYNAMICS} --tokenizer_checkpoint {frozen} {options}", 400)
     assert world.end("loss") < 0.9 * world.start("loss")
     assert world.end("psnr") > world.end("psnr_copy") + 0.3
-    assert world.end("delta_psnr") > 0.3
+    assert world.end("delta_psnr") > 0.1
