@@ -1,6 +1,7 @@
 """Measures the training step of every baseline: step time, frames/s, compile time, FLOPs, MFU where the peak is known.
 
-    python benchmarks/train_step.py [--quick] [--baselines JOB …] [--shape small|default|genie] [--reference DIR]
+    python benchmarks/train_step.py [--quick] [--baselines JOB …] [--dtypes float32 bfloat16]
+        [--shape small|default|genie] [--reference DIR]
 
 Small shape: batch 4 × 16 frames of 64×64×3, patch 16, dim 128, feed-forward 512, 2 blocks, 8 heads; dynamics have 4 blocks,
 on a tokenizer and a latent action model of 2. `default` takes the shape of the baselines' defaults, `genie` about the
@@ -306,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two baselines, float32 alone, and 3 steps instead of 30")
     parser.add_argument("--baselines", nargs="+", choices=names, metavar="JOB", help="default: all; of --quick, two")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full", "offload"), help="of ours")
     parser.add_argument(
@@ -340,7 +342,7 @@ def main() -> None:
     for name in options.baselines or (QUICK if options.quick else names):
         baseline = names[name]
         contenders: dict[tuple[str, str], Contender] = {}
-        for dtype in DTYPES[:1] if options.quick else DTYPES:
+        for dtype in DTYPES[:1] if options.quick else options.dtypes:
             flash = options.flash_attention and on_gpu and dtype == "bfloat16"
             contenders[dtype, "ours"] = Ours(baseline, shape, dtype, flash, options.remat)
             if options.reference is not None:

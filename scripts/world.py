@@ -14,21 +14,23 @@ from pathlib import Path
 from demo import console, run, title
 
 ROOT = Path(__file__).resolve().parent.parent
-# One level: a world small enough to be learned in minutes.
-DATA = "--num_levels 1 --num_episodes_train 300 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
+# One level, and every fourth frame: a world that can be learned in minutes, in which actions show.
+DATA = "--num_levels 1 --frame_skip 4 --num_episodes_train 600 --num_episodes_val 20 --num_episodes_test 10 --seed 0"
 TRAINING = (
     "--batch_size 8 --seq_len 8 --model_dim 128 --ffn_dim 512 --num_heads 4 --dtype float32 --warmup_steps 20 "
     "--log_interval 50 --val_steps 4"
 )
-TOKENIZER = "--patch_size 8 --num_blocks 1 --latent_dim 32 --max_lr 3e-3 --num_steps 600"
+TOKENIZER = "--patch_size 16 --num_blocks 1 --latent_dim 32 --max_lr 3e-3 --num_steps 1000"
 LAM = "--patch_size 16 --num_blocks 2 --latent_dim 16 --num_latents 6 --max_lr 2e-3 --num_steps 500"
-DYNAMICS = "--num_blocks 2 --max_lr 2e-3 --diffusion_denoise_steps 8 --num_steps 700"
+DYNAMICS = "--num_blocks 2 --max_lr 2e-3 --diffusion_denoise_steps 8 --num_steps 1000"
 VIDEO = "--num_frames 24 --prompt_frames 4 --num_clips 4"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", default="data/world-coinrun", help="where the episodes go; kept for the next time")
+    parser.add_argument(
+        "--data_dir", default="data/world-coinrun", help="where the episodes go; kept for the next time"
+    )
     parser.add_argument(
         "--name", default=time.strftime("world-%Y%m%d-%H%M%S"), help="what the names of the runs begin with"
     )
@@ -41,7 +43,7 @@ def main() -> None:
     title("1. Real data: episodes of one CoinRun level")
     run(f"python -m jasmine.data.make coinrun --output_dir {data} {DATA}")
 
-    title("2. Video tokenizer: frames to 64 latent tokens each, and back")
+    title("2. Video tokenizer: frames to 16 latent tokens each, and back")
     train(tokenizer, "train_tokenizer_mae", f"--data_dir {data} --val_data_dir {data} {TOKENIZER}")
 
     title("3. Latent actions: what a player did, learned without being told")

@@ -11,6 +11,7 @@ from jasmine.data.make import atari, minatar_games, procgen_games
 from jasmine.data.make.__main__ import main
 from jasmine.data.make.policy import MAX_HOLD, play
 from jasmine.data.make.source import SPLITS, Episode
+from jasmine.errors import UserError
 
 
 def test_every_procgen_game_makes_a_moving_picture() -> None:
@@ -53,6 +54,24 @@ def test_few_levels_are_played_in_turn_by_all_splits() -> None:
     for key in (("train", 2), ("val", 0)):
         np.testing.assert_array_equal(episodes[key].frames[0], first.frames[0])
         assert not np.array_equal(episodes[key].actions[:16], first.actions[:16])
+
+
+def test_skipped_frames_are_played_with_the_same_action() -> None:
+    options = procgen_games.Procgen(frame_skip=3, max_episode_length=12)
+    episode = procgen_games.record(options, "val", 3)
+    number = procgen_games.level(0, "val", 3, 0)
+    environment = procgen_games._environment_class()(
+        num=1, env_name="coinrun", start_level=number, num_levels=1, rand_seed=number, num_threads=0
+    )
+    assert episode.actions is not None
+    for frame, action in zip(episode.frames, episode.actions, strict=True):
+        np.testing.assert_array_equal(environment.observe()[1]["rgb"][0], frame)
+        for _ in range(3):
+            environment.act(np.array([action], np.int32))
+    environment.close()
+    assert procgen_games.source(options).fps == 5
+    with pytest.raises(UserError, match="--frame_skip 0: from 1"):
+        procgen_games.source(procgen_games.Procgen(frame_skip=0))
 
 
 def test_coinrun_actions_lead_to_the_next_frame() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from jasmine.data.make.policy import PolicyName, play
+from jasmine.data.make.policy import MAX_HOLD, PolicyName, play
 from jasmine.data.make.source import (
     MAX_ATTEMPTS,
     SPLITS,
@@ -64,6 +64,7 @@ ACTION_NAMES = (
     "E",
 )
 GAMES_WITH_SHOTS = ("bossfight", "caveflyer", "dodgeball", "fruitbot", "ninja", "plunder", "starpilot")
+FPS = 15
 LEVELS_PER_SPLIT = 2**29  # level numbers are int32
 
 
@@ -82,8 +83,10 @@ class Procgen(CommonOptions):
     num_levels: int = 0
     """Levels that all episodes, of all splits, play in turn: a small world that small models can learn. 0: every episode has
     a level of its own."""
+    frame_skip: int = 1
+    """Frames of the game for each one that is kept; an action lasts as long. The larger, the more an action shows."""
     policy: PolicyName = "hold"
-    """hold: draw an action that suits the game, hold it for up to 8 frames. random: a uniform one at every frame."""
+    """hold: draw an action that suits the game, hold it for up to 8 frames of it. random: a uniform one at every frame."""
 
 
 def source(options: Procgen) -> Source:
@@ -91,6 +94,8 @@ def source(options: Procgen) -> Source:
     check_lengths(options.min_episode_length, options.max_episode_length)
     if not 0 <= options.num_levels <= LEVELS_PER_SPLIT:
         raise UserError(f"--num_levels {options.num_levels}: from 0, a level for every episode, to {LEVELS_PER_SPLIT}")
+    if not 1 <= options.frame_skip <= FPS:
+        raise UserError(f"--frame_skip {options.frame_skip}: from 1, every frame, to {FPS}, one a second")
     wanted = {split: getattr(options, f"num_episodes_{split}") for split in SPLITS}
     for split, episodes in wanted.items():
         if episodes > LEVELS_PER_SPLIT // MAX_ATTEMPTS:
@@ -99,7 +104,7 @@ def source(options: Procgen) -> Source:
     return Source(
         env=options.game,
         frame_shape=(64, 64, 3),
-        fps=15.0,
+        fps=FPS / options.frame_skip,
         num_actions=len(ACTION_NAMES),
         wanted=wanted,
         counts="items",
@@ -136,7 +141,8 @@ def _play_level(options: Procgen, split: str, episode: int, attempt: int) -> Epi
         num_threads=0,
         distribution_mode=options.distribution_mode,
     )
-    actions = play(options.policy, _weights(options.game), episode_rng(options.seed, split, episode, attempt))
+    rng = episode_rng(options.seed, split, episode, attempt)
+    actions = play(options.policy, _weights(options.game), rng, max_hold=max(1, MAX_HOLD // options.frame_skip))
     frames: list[np.ndarray] = []
     taken: list[int] = []
     try:
@@ -146,7 +152,10 @@ def _play_level(options: Procgen, split: str, episode: int, attempt: int) -> Epi
                 break
             frames.append(observation["rgb"][0].copy())
             taken.append(next(actions))
-            environment.act(np.array([taken[-1]], np.int32))
+            for _ in range(options.frame_skip):
+                environment.act(np.array([taken[-1]], np.int32))
+                if environment.observe()[2][0]:
+                    break
     finally:
         environment.close()
     return Episode(np.stack(frames), np.array(taken, np.int32))
