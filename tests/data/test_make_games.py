@@ -57,7 +57,7 @@ def test_few_levels_are_played_in_turn_by_all_splits() -> None:
 
 
 def test_skipped_frames_are_played_with_the_same_action() -> None:
-    options = procgen_games.Procgen(frame_skip=3, max_episode_length=12)
+    options = procgen_games.Procgen(frame_skip=3, max_episode_length=12, min_episode_length=8)
     episode = procgen_games.record(options, "val", 3)
     number = procgen_games.level(0, "val", 3, 0)
     environment = procgen_games._environment_class()(
