@@ -28,8 +28,10 @@ demo: setup
 world: setup
 	@$(BIN)/python scripts/world.py
 
+# ARGS="-k resume" chooses; WORKERS=0 runs them one after the other.
+WORKERS ?= 2
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -21,6 +21,17 @@ from jasmine.data.episodes import EpisodeWriter  # noqa: E402
 from tests.jobs import Family  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests `make test` gives to one worker: a file's, those that share the family of runs, and those that start jobs
+    of several processes, which would starve each other."""
+    for item in items:
+        folder = item.path.relative_to(REPO / "tests").parts[0]
+        jobs = folder in ("launch", "clusters") or item.path.name in ("test_resume.py", "test_distributed.py")
+        family = "family" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("jobs" if jobs else "family" if family else item.path.name))
+
+
 def moving_squares(rng: np.random.Generator, frames: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """A bright square that takes the step that its action names; every frame of every clip differs from the others."""
     steps = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])
