@@ -20,6 +20,8 @@ import pytest  # noqa: E402
 from jasmine.data.episodes import EpisodeWriter  # noqa: E402
 from tests.jobs import Family  # noqa: E402
 
+pytest_plugins = ["tests.clusters.fixtures"]
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

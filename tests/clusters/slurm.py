@@ -1,0 +1,244 @@
+"""A real Slurm cluster on this machine: munged, slurmctld and one slurmd for each node, from Debian's packages.
+
+Everything is in one directory of its own and on free ports of loopback addresses, so that several clusters, and one that
+the machine itself belongs to, do not meet. Nodes are called by their addresses (127.0.0.11 …), which every process
+resolves without a hosts file. GPUs are entries of gres.conf that point to /dev/null: Slurm allots them and sets
+CUDA_VISIBLE_DEVICES as it would for real ones.
+
+Daemons are children in the foreground, ended by their process ids.
+"""
+
+import contextlib
+import getpass
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PACKAGES = "slurm-wlm munge"
+
+_CONF = """\
+ClusterName={name}
+SlurmctldHost={hostname}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/run/munge.socket,cred_expire=5
+CommunicationParameters=NoCtldInAddrAny
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd-%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd-%n.log
+SwitchType=switch/none
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+OverTimeLimit=0
+GresTypes=gpu
+ReturnToService=2
+SlurmdParameters=config_overrides
+KillWait=5
+MinJobAge=3600
+SlurmdTimeout={slurmd_timeout}
+MessageTimeout=10
+JobRequeue=1
+PropagateResourceLimits=NONE
+FirstJobId={first_job}
+"""
+
+
+def missing_programs() -> list[str]:
+    """Return the programs of Slurm and munge that this machine lacks."""
+    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian keeps daemons
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+class SlurmCluster:
+    """A running cluster. `env` is what a shell on its login node has set.
+
+    Partitions: `main` (default), `high`, whose jobs preempt those of `main` after `grace` seconds, and `short`, with
+    a time limit of one minute.
+    """
+
+    def __init__(self, nodes: int = 4, gpus: int = 8, grace: int = 30, slurmd_timeout: int = 30) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.nodes = [f"127.0.0.{11 + index}" for index in range(nodes)]
+        self.conf = self.root / "slurm.conf"
+        self.env = {"SLURM_CONF": str(self.conf)}
+        self._settings = {"slurmd_timeout": slurmd_timeout}
+        self._gpus, self._grace = gpus, grace
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bring the cluster up and wait until all nodes are idle."""
+        for folder in ("run", "log", "state", "spool", "dev"):
+            (self.root / folder).mkdir()
+        self.root.chmod(0o755)
+        self._configure()
+        munge = self.root / "run"
+        key = self.root / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        self._spawn(
+            "munged", "-F", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket",
+            f"--pid-file={munge}/munged.pid", f"--log-file={self.root}/log/munged.log",
+            f"--seed-file={munge}/munged.seed",
+        )  # fmt: skip
+        self._wait(lambda: (munge / "munge.socket").exists(), 10, "munged has no socket")
+        self.start_controller()
+        for node in self.nodes:
+            self.start_node(node)
+        self._wait(lambda: self.states() == ["idle"] * len(self.nodes), 30, "nodes are not idle")
+
+    def stop(self) -> None:
+        """End all jobs and daemons and remove the cluster's directory."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError, AssertionError):
+            self.start_controller()
+            self.command("scancel", "-f", "-u", getpass.getuser(), check=False)
+            self._wait(lambda: not self.command("squeue", "-h").strip(), 20, "jobs do not end")
+        for name in sorted(self._daemons, key=lambda name: (name == "munged", name == "slurmctld")):
+            self._end(name, signal.SIGTERM)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def start_controller(self) -> None:
+        """Start slurmctld where it does not run, and wait until it answers."""
+        if "slurmctld" in self._daemons:
+            return
+        self._spawn("slurmctld", "-D", "-f", str(self.conf))
+        self._wait(lambda: "UP" in self.command("scontrol", "ping", check=False), 20, "slurmctld does not answer")
+
+    def stop_controller(self) -> None:
+        """End slurmctld; jobs go on."""
+        self._end("slurmctld", signal.SIGTERM)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        (self.root / "spool" / node).mkdir(exist_ok=True)
+        self._spawn("slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's slurmd; what it had started lives on, as after a crash of the daemon."""
+        self._end(node, signal.SIGKILL)
+
+    # --- what a user does --------------------------------------------------------------------------------------
+
+    def command(self, *argv: str, check: bool = True) -> str:
+        """Run one of Slurm's commands and return what it printed."""
+        done = subprocess.run(argv, env=os.environ | self.env, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, f"{argv}: {done.stderr}"
+        return done.stdout
+
+    def states(self) -> list[str]:
+        """Return the states of the nodes."""
+        return [line.strip("*~#") for line in self.command("sinfo", "-h", "-N", "-p", "main", "-o", "%t").splitlines()]
+
+    def job_state(self, job: str) -> str:
+        """Return a job's state in Slurm's words, `""` where it is not known any more."""
+        words = self.command("scontrol", "-o", "show", "job", job, check=False).split()
+        return next((word.partition("=")[2] for word in words if word.startswith("JobState=")), "")
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _configure(self) -> None:
+        ports = _free_ports(1 + len(self.nodes))
+        text = _CONF.format(
+            name=f"lab{ports[0]}",
+            hostname=socket.gethostname(),
+            port=ports[0],
+            user=getpass.getuser(),
+            root=self.root,
+            first_job=random.randrange(1000, 2**25),
+            **self._settings,
+        )
+        gres = ""
+        for node, port in zip(self.nodes, ports[1:], strict=True):
+            text += (
+                f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs=16 RealMemory=16000 "
+                f"Gres=gpu:h100:{self._gpus} State=UNKNOWN\n"
+            )
+            gres += f"NodeName={node} Name=gpu Type=h100 File={self.root}/dev/gpu[0-{self._gpus - 1}]\n"
+        partitions = {
+            "main": f"Default=YES DefaultTime=30 MaxTime=INFINITE PriorityTier=1 GraceTime={self._grace}",
+            "short": f"DefaultTime=1 MaxTime=2 PriorityTier=1 GraceTime={self._grace}",
+            "high": "MaxTime=INFINITE PriorityTier=10",
+        }
+        for partition, options in partitions.items():
+            text += f"PartitionName={partition} Nodes=ALL State=UP {options}\n"
+        self.conf.write_text(text)
+        (self.root / "gres.conf").write_text(gres)
+        (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        for index in range(self._gpus):
+            (self.root / "dev" / f"gpu{index}").symlink_to("/dev/null")
+
+    def _spawn(self, *argv: str, name: str | None = None) -> None:
+        log = (self.root / "log" / f"{name or argv[0]}.out").open("ab")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | self.env
+        with log:
+            self._daemons[name or argv[0]] = subprocess.Popen(
+                argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _end(self, name: str, signum: signal.Signals) -> None:
+        daemon = self._daemons.pop(name, None)
+        if daemon is None:
+            return
+        daemon.send_signal(signum)
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def _wait(self, condition, seconds: float, complaint: str) -> None:  # type: ignore[no-untyped-def]
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            logs = "\n".join(path.read_text()[-2000:] for path in (self.root / "log").iterdir())
+            assert not ended, f"{ended} ended:\n{logs}"
+            assert time.monotonic() < deadline, f"{complaint}:\n{logs}"
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running_cluster(**options: int) -> Iterator[SlurmCluster]:
+    """A cluster that is up inside the `with` block, and gone after it."""
+    cluster = SlurmCluster(**options)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def _free_ports(count: int) -> Sequence[int]:
+    """Return ports nothing listens on, below those that the kernel gives to outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
