@@ -24,6 +24,9 @@ OWNED_VARIABLES = frozenset(
     {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JASMINE_RUN_DIR", "JASMINE_ATTEMPT"}
 )
 
+# Names whose values are not written anywhere.
+SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD", re.IGNORECASE)
+
 
 def _numbers_as_text(env: Any) -> Any:
     """Let `OMP_NUM_THREADS: 2` mean "2"; a bare `true` stays an error, for programs disagree on how to spell it."""
@@ -70,7 +73,104 @@ class LocalCluster(Cluster):
         return self
 
 
-BACKENDS: dict[str, type[LocalCluster]] = {"local": LocalCluster}
+def _one_line_each(lines: list[str]) -> list[str]:
+    for line in lines:
+        if "\n" in line:
+            raise ValueError(f"{line!r} is more than one line; give one item for each")
+    return lines
+
+
+def _slurm_options(lines: list[str]) -> list[str]:
+    for line in _one_line_each(lines):
+        if not line.startswith("-"):
+            raise ValueError(f"{line!r} is no option of sbatch; write it as sbatch takes it, for example --exclusive")
+    return lines
+
+
+def _a_duration(text: str) -> str:
+    if not _SLURM_TIME.fullmatch(text):
+        raise ValueError(f"{text!r} is no time as sbatch takes it, such as '90' (minutes), '12:00:00' or '2-00:00:00'")
+    return text
+
+
+def _no_secrets(env: dict[str, str]) -> dict[str, str]:
+    if secret := next((name for name in env if SECRET_NAME.search(name)), None):
+        raise ValueError(f"{secret} looks like a secret, and would be stored: name it under secrets instead")
+    return env
+
+
+_SLURM_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+_Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]*$")]
+ENVIRONMENT = "environment"
+
+
+class SlurmCluster(Cluster):
+    """A Slurm cluster, by what one job asks of it. Every key but `backend` may be left out."""
+
+    backend: Literal["slurm"] = Field(description="the text 'slurm'")
+    env: Annotated[
+        dict[str, str], BeforeValidator(_numbers_as_text), AfterValidator(_not_ours), AfterValidator(_no_secrets)
+    ] = Field(default_factory=dict, description="variables for the job, NAME: text (quote true, false, yes and no)")
+    secrets: dict[str, _Text] = Field(
+        default_factory=dict,
+        description=f"NAME: '{ENVIRONMENT}' (of the shell that submits) or the path of a file that holds the value",
+    )
+    max_preemptions: int | None = Field(None, ge=0, description="a whole number, 0 or more, or null for no limit")
+
+    partition: _Text | None = Field(None, description="a partition's name (text)")
+    account: _Text | None = Field(None, description="an account's name (text)")
+    qos: _Text | None = Field(None, description="the name of a quality of service (text)")
+    nodes: int = Field(1, ge=1, description="a whole number, at least 1")
+    gpus_per_node: int = Field(0, ge=0, description="a whole number, 0 or more")
+    gpu_type: _Text | None = Field(None, description="a type as in the cluster's gres, such as h100")
+    cpus_per_node: int | None = Field(None, ge=1, description="a whole number, at least 1, or null for the default")
+    processes_per_node: Annotated[int, Field(ge=1)] | Literal["gpu"] = Field(
+        1, description="a whole number, at least 1, or 'gpu' for one process for each GPU"
+    )
+    memory: _Text | None = Field(None, description="text such as '500G', or '0' for all of a node's")
+    time_limit: Annotated[str, AfterValidator(_a_duration)] | None = Field(
+        None, description="text in quotes, such as '12:00:00' or '2-00:00:00'"
+    )
+    constraint: _Text | None = Field(None, description="features that nodes must have (text)")
+    reservation: _Text | None = Field(None, description="a reservation's name (text)")
+    exclude: _Text | None = Field(None, description="nodes to stay away from, as in node[01-03]")
+    mail: _Text | None = Field(None, description="an address (text) that Slurm writes to when the job ends or fails")
+    extra: Annotated[list[str], AfterValidator(_slurm_options)] = Field(
+        default_factory=list, description="a list of options for sbatch, as in ['--exclusive']"
+    )
+    setup: Annotated[list[str], AfterValidator(_one_line_each)] = Field(
+        default_factory=list, description="a list of shell lines, run on the first node before the job"
+    )
+    container: _Text | None = Field(None, description="an image (text): a path or what the runtime can fetch")
+    container_runtime: Literal["apptainer", "pyxis"] = Field("apptainer", description="'apptainer' or 'pyxis'")
+    container_mounts: list[_Text] = Field(
+        default_factory=list, description="a list of paths that the container sees, as in ['/data', '/a:/b']"
+    )
+    init_timeout: int = Field(600, ge=1, description="a whole number of seconds, at least 1")
+    heartbeat_timeout: int = Field(60, ge=1, description="a whole number of seconds, at least 1")
+    exclude_hours: float = Field(24.0, ge=0, description="a number of hours, 0 or more")
+
+    @model_validator(mode="after")
+    def _a_share_for_each_process(self) -> "SlurmCluster":
+        if self.processes_per_node == "gpu" and not self.gpus_per_node:
+            raise ValueError("processes_per_node is 'gpu' but gpus_per_node is 0; give both, or a number of processes")
+        if self.gpus_per_node % self.processes_on_a_node and self.gpus_per_node:
+            raise ValueError(
+                f"gpus_per_node {self.gpus_per_node} is not a multiple of processes_per_node {self.processes_per_node}; "
+                "each process needs the same number of GPUs"
+            )
+        if self.gpu_type and not self.gpus_per_node:
+            raise ValueError(f"gpu_type is {self.gpu_type!r} but gpus_per_node is 0; say how many")
+        return self
+
+    @property
+    def processes_on_a_node(self) -> int:
+        """How many processes of the job each node runs."""
+        return self.gpus_per_node if self.processes_per_node == "gpu" else self.processes_per_node
+
+
+AnyCluster = LocalCluster | SlurmCluster
+BACKENDS: dict[str, type[AnyCluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
 
 
 def cluster_names() -> list[str]:
@@ -78,7 +178,7 @@ def cluster_names() -> list[str]:
     return sorted(path.stem for path in CLUSTER_DIR.glob("*.yaml"))
 
 
-def load_cluster(cluster: str, overrides: Sequence[str] = ()) -> tuple[str, LocalCluster]:
+def load_cluster(cluster: str, overrides: Sequence[str] = ()) -> tuple[str, AnyCluster]:
     """Read a cluster's settings.
 
     Args:
@@ -107,7 +207,7 @@ def load_cluster(cluster: str, overrides: Sequence[str] = ()) -> tuple[str, Loca
     return name, _validated(values, overrides, lambda key: f"{shown}:{lines[key]}" if key in lines else shown)
 
 
-def change_settings(settings: dict[str, Any], overrides: Sequence[str], origin: str) -> LocalCluster:
+def change_settings(settings: dict[str, Any], overrides: Sequence[str], origin: str) -> AnyCluster:
     """Validate settings that a run has stored, changed by `overrides`; `origin` names them in errors.
 
     Raises:
@@ -152,7 +252,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return {str(key): value for key, value in values.items()}, lines
 
 
-def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callable[[str], str]) -> LocalCluster:
+def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callable[[str], str]) -> AnyCluster:
     """Apply overrides and validate; `origin(key)` says where a key that was not overridden stands."""
     overridden: set[str] = set()
     for override in overrides:
@@ -186,7 +286,7 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callabl
         raise UserError(_one_line(error, schema, where)) from error
 
 
-def _one_line(error: ValidationError, schema: type[LocalCluster], where: Callable[[str], str]) -> str:
+def _one_line(error: ValidationError, schema: type[AnyCluster], where: Callable[[str], str]) -> str:
     """Turn the first complaint of pydantic into the line a user reads; a misspelt key comes before all others."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     keys = list(schema.model_fields)

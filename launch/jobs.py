@@ -4,7 +4,8 @@
 
 RUN is a run's name, or the path of its directory. Names are looked up under `--storage`, or `JASMINE_STORAGE`, or else
 the `storage:` of every cluster in `cluster_configs/`. Nothing but `cancel` and `resume` changes a run, and `cancel` only
-leaves a request that the supervisor finds, so it works from every machine that sees the directory.
+leaves a request that the supervisor finds, so it works from every machine that sees the directory (and takes a job that
+waits out of its queue).
 """
 
 import argparse
@@ -23,14 +24,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    from launch.config import REPOSITORY, LocalCluster, change_settings, cluster_names, expand_path, load_cluster
+    from launch.backends import backend_named
+    from launch.config import REPOSITORY, AnyCluster, change_settings, cluster_names, expand_path, load_cluster
     from launch.errors import Parser, UserError, did_you_mean, run_entry_point
     from launch.logs import follow_logs, hosts_in_order, show_logs
     from launch.options import Job, check_options, find_job
     from launch.plan import MASK, Plan
-    from launch.record import ACTIVE, Attempt, RunRecord, read_run
+    from launch.record import ACTIVE, Attempt, RunRecord
     from launch.run_dir import RunDir, in_use, last_json_lines
     from launch.snapshot import SCRIPT_DIR, take_snapshot
+    from launch.standing import Standing, Watch, read_standing, settle
     from launch.submit import Request, carry_out, jobs_command
 except ModuleNotFoundError as missing:
     from launch.interpreter import continue_with_project_python
@@ -58,7 +61,7 @@ def list_runs(options: argparse.Namespace) -> int:
         for directory in root.iterdir() if root.is_dir() else []:
             run = RunDir(directory)
             try:
-                record = read_run(run)
+                record = read_standing(run).record
             except UserError as error:
                 if run.record.exists():
                     print(f"warning: {error}", file=sys.stderr)
@@ -90,13 +93,18 @@ def list_runs(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Show how one run stands."""
-    run, record = _find_run(options)
+    run, standing = _find_run(options)
+    record = standing.record
     plan = _last_plan(run, record)
     reason = f" ({record.reason})" if record.reason else ""
     print(f"{record.name}: {record.state}{reason}, for {_duration(time.time() - record.changed)}")
     print(f"  job        {record.job} {' '.join(plan.arguments)}".rstrip())
     print(f"  cluster    {plan.cluster}")
-    if run.is_live() and record.supervisor is not None:
+    for label, text in standing.seen.facts:
+        print(f"  {label:<10} {text}")
+    if standing.seen.detail:
+        print(f"  {'scheduler':<10} {standing.seen.detail}")
+    if record.state == "running" and record.supervisor is not None:
         print(f"  supervisor process {record.supervisor.pid} on {record.supervisor.host}")
     for attempt in record.attempts:
         running = record.state == "running" and attempt is record.attempts[-1]
@@ -111,13 +119,14 @@ def status(options: argparse.Namespace) -> int:
 
 def logs(options: argparse.Namespace) -> int:
     """Show what the job printed: in the latest attempt, or from it on with `-f`."""
-    run, record = _find_run(options)
+    run, standing = _find_run(options)
+    record = standing.record
     attempts = run.attempts()
     if options.attempt is not None and options.attempt not in attempts:
         raise UserError(f"run {run.name!r} has no attempt {options.attempt} (there are: {attempts or 'none yet'})")
     attempt = options.attempt if options.attempt is not None else max(attempts, default=1)
     hosts = hosts_in_order(run, record, attempt)
-    if options.host is not None and options.host not in hosts and not (options.follow and run.is_live()):
+    if options.host is not None and options.host not in hosts and not (options.follow and standing.live):
         there = sorted(hosts) or "none yet"
         raise UserError(f"attempt {attempt} of run {run.name!r} has no host {options.host} (there are: {there})")
     prefix = options.host is None
@@ -130,7 +139,7 @@ def logs(options: argparse.Namespace) -> int:
 
     if options.follow:
         follow_logs(run, attempt, write, announce, host=options.host, prefix=prefix)
-        announce(read_run(run).state)
+        announce(read_standing(run).record.state)
     elif not attempts:
         announce(f"{record.state}, and no attempt has started")
     else:
@@ -140,18 +149,22 @@ def logs(options: argparse.Namespace) -> int:
 
 def cancel(options: argparse.Namespace) -> int:
     """Ask a run to save and stop, and wait until nothing of it lives."""
-    run, record = _find_run(options)
-    if not run.is_live():
+    run, standing = _find_run(options)
+    record = standing.record
+    if not standing.live:
         raise UserError(f"run {run.name!r} is not running (its state: {record.state}): there is nothing to cancel")
-    grace = int(_last_plan(run, record).settings["grace_seconds"])
-    run.cancel_request.touch()
+    settings = _last_plan(run, record).settings
+    grace = int(settings["grace_seconds"])
+    backend_named(settings["backend"]).cancel(run, record)
     print(f"{run.name}: asked to save and stop; it has {grace} s for that", flush=True)
     deadline = time.monotonic() + grace + 30
-    while run.is_live():
+    lives = Watch(run, seconds=0.5)
+    while lives():
         if time.monotonic() > deadline:
             raise UserError(f"run {run.name!r} has not stopped in time; see {run.supervisor_log}")
         time.sleep(0.1)
-    record = read_run(run)
+    standing = read_standing(run)
+    record = settle(run, standing)
     reason = f" ({record.reason})" if record.reason else ""
     print(f"{run.name}: {record.state}{reason}; to go on: {jobs_command('resume', run)}")
     return 0
@@ -159,8 +172,9 @@ def cancel(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     """Continue a run from its newest checkpoint: with the same code, settings and arguments where no other are given."""
-    run, record = _find_run(options)
-    if run.is_live():
+    run, standing = _find_run(options)
+    record = standing.record
+    if standing.live:
         raise in_use(run)
     last = _last_plan(run, record)
     if options.cluster is not None:
@@ -186,36 +200,56 @@ def resume(options: argparse.Namespace) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     """Say in one paragraph why a run is not running, and what to do."""
-    run, record = _find_run(options)
+    run, standing = _find_run(options)
+    record = standing.record
     go_on = f"To go on: {jobs_command('resume', run)}"
     reason = f" ({record.reason})" if record.reason else ""
-    if record.state in ACTIVE:
-        text = f"It is {record.state}, {_progress_line(run, record, _last_plan(run, record))}. Nothing is wrong."
+    seen = standing.seen
+    if record.state == "submitted" and seen.detail:
+        text = f"It is in the queue, {seen.detail}.{_blamed(record)}"
+    elif record.state in ACTIVE:
+        text = f"It is {record.state}, {_progress_line(run, record, _last_plan(run, record))}. Nothing is wrong.{_blamed(record)}"
+        if not seen.answered:
+            text = f"{seen.detail}: {record.state}, {_progress_line(run, record, _last_plan(run, record))}."
     elif record.state == "finished":
         text = "It has finished: every process exited 0."
     elif record.state == "lost":
         last_words = _last_line(run.supervisor_log)
         said = f"; the last line it wrote is: {last_words}" if last_words else ""
         text = f"Its supervisor is gone without a word: killed, or its machine went down{said}."
+        text += f" {seen.detail}." if seen.detail else ""
         text += f" The last checkpoint stands. {go_on}"
     elif record.state == "failed":
-        text = f"{_failure(run, record)}{reason}. Mend what that names; the last checkpoint stands. {go_on}"
+        text = f"{_failure(run, record)}{reason}. Mend what that names; the last checkpoint stands. {go_on}{_blamed(record)}"
     else:
         text = f"It was {record.state}{reason}; its state is saved as far as the job had come. {go_on}"
     print(f"{record.name}: {text}")
     return 0
 
 
+def _blamed(record: RunRecord) -> str:
+    """Return a sentence about nodes at which attempts failed, `""` when there are none."""
+    nodes = {blame.node: blame for blame in record.blames}
+    counts = {node: sum(blame.node == node for blame in record.blames) for node in nodes}
+    told = [f"{node} ({counts[node]}×, last: {blame.reason})" for node, blame in nodes.items()]
+    settings = record.submissions[-1].plan.settings if record.submissions else {}
+    hours = settings.get("exclude_hours")
+    note = f"; one that failed twice is left out of the next attempt, for {hours:g} h" if hours else ""
+    return f" Attempts failed at {', '.join(told)}{note}." if told else ""
+
+
 def _failure(run: RunDir, record: RunRecord) -> str:
     attempt = next((a for a in reversed(record.attempts) if a.first_failed is not None), None)
     if attempt is None:
         return "It has failed"
+    node = next((one.node for one in attempt.exits if one.host == attempt.first_failed), None)
+    place = f" on {node}" if node else ""
     first = next(one for one in attempt.exits if one.host == attempt.first_failed)
     how = f"died of {first.signal}" if first.signal else f"exited with code {first.code}"
     log = run.log(attempt.number, first.host)
     said = _last_line(log)
     words = f"its last words are: {said}" if said else "it printed nothing"
-    where = f"In attempt {attempt.number}, host {first.host} of {attempt.processes}"
+    where = f"In attempt {attempt.number}, host {first.host} of {attempt.processes}{place}"
     return f"{where} failed first: it {how}; {words} (all of them: {log})"
 
 
@@ -231,7 +265,7 @@ def _last_line(path: Path) -> str | None:
     return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
-def _stored_settings(plan: Plan, overrides: list[str], run: RunDir) -> LocalCluster:
+def _stored_settings(plan: Plan, overrides: list[str], run: RunDir) -> AnyCluster:
     """Return the settings of the last submission, with secrets, which are not stored, looked up again."""
     settings = dict(plan.settings)
     hidden = [name for name, value in settings["env"].items() if value == MASK]
@@ -261,7 +295,7 @@ def _storage_roots(storage: str | None) -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
-def _find_run(options: argparse.Namespace) -> tuple[RunDir, RunRecord]:
+def _find_run(options: argparse.Namespace) -> tuple[RunDir, Standing]:
     roots = _storage_roots(options.storage)
     run = next((RunDir(root / options.run) for root in roots if (root / options.run / "run.json").is_file()), None)
     if run is None:
@@ -271,7 +305,7 @@ def _find_run(options: argparse.Namespace) -> tuple[RunDir, RunRecord]:
             hint = did_you_mean(options.run, names)
             raise UserError(f"no run {options.run!r} in {', '.join(map(str, roots))}{hint} (`jobs.py list` shows them)")
         run = RunDir(Path(os.path.normpath(path)))
-    return run, read_run(run)
+    return run, read_standing(run)
 
 
 def _last_plan(run: RunDir, record: RunRecord) -> Plan:
@@ -319,8 +353,7 @@ def _number_of_steps(plan: Plan) -> int | None:
 
 def _attempt_line(attempt: Attempt, *, otherwise: str) -> str:
     """Describe an attempt; `otherwise` stands for an outcome that was not written down."""
-    devices = attempt.devices_per_process
-    shape = f"{attempt.processes}×{devices}"
+    shape = f"{attempt.processes}×{attempt.devices or attempt.devices_per_process}"
     ended = attempt.ended if attempt.ended is not None else time.time()
     exits = sorted(attempt.exits, key=lambda one: one.host)
     codes = " ".join(f"host-{one.host}:{one.signal or one.code}" for one in exits)
@@ -329,7 +362,8 @@ def _attempt_line(attempt: Attempt, *, otherwise: str) -> str:
     )
     outcome = attempt.outcome or otherwise
     lasted = _duration(ended - attempt.started)
-    return f"attempt {attempt.number:<2} {shape} {outcome}{failed} after {lasted}  {codes}".rstrip()
+    cause = f" ({attempt.cause})" if attempt.cause else ""
+    return f"attempt {attempt.number:<2} {shape} {outcome}{failed}{cause} after {lasted}  {codes}".rstrip()
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.record import RunRecord
 from launch.run_dir import RunDir
+from launch.standing import Watch
 
 POLL_SECONDS = 0.1
 
@@ -40,8 +41,9 @@ def follow_logs(
     """
     tails: dict[Path, _Tail] = {}
     announced = {first_attempt}
+    is_live = Watch(run)
     while True:
-        live = run.is_live()  # before reading, so that the last lines are not missed
+        live = is_live()  # before reading, so that the last lines are not missed
         for attempt in [number for number in run.attempts() if number >= first_attempt]:
             if attempt not in announced:
                 for tail in tails.values():

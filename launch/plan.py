@@ -1,8 +1,8 @@
 """The plan: exactly what will run, decided before anything is created.
 
 `--dry-run` prints a plan, a backend consumes the same object, and `run.json` keeps it; so what a dry run shows is what
-runs. Two values exist only once an attempt starts and stand in the plan as what they will be: the attempt's number
-(counting up from `first_attempt`) and the coordinator's port (`FREE_PORT`).
+runs. What exists only once an attempt starts stands in the plan as what it will be: the attempt's number (counting up
+from `first_attempt`), the node that the coordinator runs on (`FIRST_NODE`) and its port (`FREE_PORT`).
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config import LocalCluster, expand_path
+from launch.config import SECRET_NAME, AnyCluster, LocalCluster, SlurmCluster, expand_path
 from launch.errors import UserError
 from launch.snapshot import SCRIPT_DIR, Code
 
 FREE_PORT = "<free port>"
+FIRST_NODE = "<first node>"
 MASK = "<masked>"
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-
-# Variables that would tell a job that it is a process of whatever cluster the submitting shell belongs to.
+# Variables that would tell a job that it is a process of whatever cluster the submitting shell belongs to. How to reach
+# Slurm is no identity.
 _FOREIGN_IDENTITY = re.compile(
-    r"(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI|TORCHELASTIC|JOBSET)_.*|JOB_COMPLETION_INDEX"
+    r"(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI|TORCHELASTIC|JOBSET)_(?!CONF$|JWT$).*|JOB_COMPLETION_INDEX"
     r"|JAX_(COORDINATOR_.*|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|JASMINE_(RUN_DIR|ATTEMPT)"
     r"|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
 )
@@ -53,6 +53,8 @@ class Plan:
         first_attempt: the number of the first attempt, from 1.
         env: the variables every process gets on top of the submitting shell's.
         hosts: the processes.
+        sweep: the name of the sweep that the run is an element of.
+        after: names of runs that must have finished before this one starts.
     """
 
     run: str
@@ -66,6 +68,8 @@ class Plan:
     first_attempt: int
     env: dict[str, str]
     hosts: tuple[Host, ...]
+    sweep: str | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -87,9 +91,11 @@ def make_plan(
     arguments: tuple[str, ...],
     cwd: Path,
     cluster: str,
-    settings: LocalCluster,
+    settings: AnyCluster,
     code: Code,
     first_attempt: int,
+    sweep: str | None = None,
+    after: tuple[str, ...] = (),
 ) -> Plan:
     """Decide what runs.
 
@@ -112,19 +118,22 @@ def make_plan(
         "PYTHONPATH": os.pathsep.join([str(code_dir), *neighbours, *inherited]),
         "PYTHONUNBUFFERED": "1",
     }
-    if settings.devices_per_process != "auto":
-        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(settings.devices_per_process)}
     env |= settings.env
-    hosts = []
-    for index in range(settings.processes):
-        identity = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{FREE_PORT}",
-            "JAX_NUM_PROCESSES": str(settings.processes),
-            "JAX_PROCESS_ID": str(index),
+    if isinstance(settings, LocalCluster):
+        if settings.devices_per_process != "auto":
+            cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(settings.devices_per_process)}
+            env = {**env, **cpu, **settings.env}
+        hosts = _hosts(settings.processes, "127.0.0.1")
+    else:
+        env |= {
+            "JASMINE_INIT_TIMEOUT": str(settings.init_timeout),
+            "JASMINE_HEARTBEAT_TIMEOUT": str(settings.heartbeat_timeout),
         }
-        hosts.append(Host(index, identity if settings.processes > 1 else {}))
+        on_a_node = settings.processes_on_a_node
+        hosts = _hosts(settings.nodes * on_a_node, FIRST_NODE, settings.gpus_per_node // on_a_node, on_a_node)
     python = str(expand_path(settings.python, "python", cwd)) if settings.python else sys.executable
-    if not os.access(python, os.X_OK) or os.path.isdir(python):
+    in_container = isinstance(settings, SlurmCluster) and settings.container and settings.python
+    if not in_container and (not os.access(python, os.X_OK) or os.path.isdir(python)):
         raise UserError(f"python: {python} is not an executable file; give the full path of an interpreter")
     return Plan(
         run=run_dir.name,
@@ -137,8 +146,28 @@ def make_plan(
         code=code,
         first_attempt=first_attempt,
         env=env,
-        hosts=tuple(hosts),
+        hosts=hosts,
+        sweep=sweep,
+        after=after,
     )
+
+
+def _hosts(processes: int, address: str, gpus: int = 0, on_a_node: int = 1) -> tuple[Host, ...]:
+    """Return the job's processes, `on_a_node` of them on each node with a share of `gpus` of its GPUs."""
+    hosts = []
+    for index in range(processes):
+        env = {}
+        if processes > 1:
+            env = {
+                "JAX_COORDINATOR_ADDRESS": f"{address}:{FREE_PORT}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        if gpus:  # left to itself, jax would take the one GPU that has the number of the task on its node
+            first = index % on_a_node * gpus
+            env["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(first, first + gpus)))
+        hosts.append(Host(index, env))
+    return tuple(hosts)
 
 
 def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
@@ -146,17 +175,23 @@ def scrubbed(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not _FOREIGN_IDENTITY.fullmatch(name)}
 
 
+def identity(host: Host, port: int, first_node: str = "127.0.0.1") -> dict[str, str]:
+    """Return the variables that only this process gets, now that the coordinator's place is known."""
+    return {
+        name: value.replace(FREE_PORT, str(port)).replace(FIRST_NODE, first_node) for name, value in host.env.items()
+    }
+
+
 def host_environment(plan: Plan, host: Host, attempt: int, port: int) -> dict[str, str]:
     """Return the variables that the plan gives to one process of one attempt, complete."""
-    identity = {name: value.replace(FREE_PORT, str(port)) for name, value in host.env.items()}
-    return {**plan.env, **identity, "JASMINE_ATTEMPT": str(attempt)}
+    return {**plan.env, **identity(host, port), "JASMINE_ATTEMPT": str(attempt)}
 
 
 def masked(plan: Plan) -> Plan:
     """Return the plan with the values of secret-looking variables replaced, fit to be shown and stored."""
 
     def mask(env: Mapping[str, str]) -> dict[str, str]:
-        return {name: MASK if _SECRET.search(name) else value for name, value in env.items()}
+        return {name: MASK if SECRET_NAME.search(name) else value for name, value in env.items()}
 
     settings = {**plan.settings, "env": mask(plan.settings["env"])}
     return dataclasses.replace(plan, settings=settings, env=mask(plan.env))

@@ -31,6 +31,7 @@ class HostExit(_Stored):
         signal: the name of that signal.
         forwarded: names of the signals it had been sent through the launcher; dying of one of those is a stop, not a
             failure.
+        node: the machine, as its cluster calls it.
         started, ended: Unix seconds.
     """
 
@@ -38,16 +39,32 @@ class HostExit(_Stored):
     code: int
     signal: str | None = None
     forwarded: list[str] = Field(default_factory=list)
+    node: str | None = None
     started: float | None = None
     ended: float
 
 
+class Blame(_Stored):
+    """A machine at which an attempt failed; `node` as the cluster calls it, `reason` one line."""
+
+    node: str
+    reason: str
+    time: float
+
+
 class Attempt(_Stored):
-    """One start of all processes. `outcome` is None while they run; `first_failed` is the host that failed first."""
+    """One start of all processes. `outcome` is None while they run; `first_failed` is the host that failed first.
+
+    `devices` describes what each process has where that is not a number of CPU devices; `nodes` are the machines, in the order
+    of the processes; `cause` is one line on why it ended, where that is not in the exits.
+    """
 
     number: int
     processes: int
     devices_per_process: int | Literal["auto"]
+    devices: str | None = None
+    nodes: list[str] = Field(default_factory=list)
+    cause: str | None = None
     code: str
     started: float
     ended: float | None = None
@@ -74,9 +91,9 @@ class RunRecord(_Stored):
     """The contents of `run.json`.
 
     Attributes:
-        state: as last written; see `read_run` for a supervisor that died without writing.
+        state: as last written; see `launch.standing` for a supervisor that died without writing.
         changed: when `state` was written, in Unix seconds.
-        reason: one line about a final state, where there is more to say than its name.
+        reason: one line about the state, where there is more to say than its name.
         exit_code: what `--wait` returns; None until the run has ended.
     """
 
@@ -90,6 +107,7 @@ class RunRecord(_Stored):
     supervisor: Supervisor | None = None
     submissions: list[Submission] = Field(default_factory=list)
     attempts: list[Attempt] = Field(default_factory=list)
+    blames: list[Blame] = Field(default_factory=list)
 
 
 def read_record(run: RunDir) -> RunRecord | None:
@@ -116,16 +134,3 @@ def read_record(run: RunDir) -> RunRecord | None:
 def write_record(run: RunDir, record: RunRecord) -> None:
     """Replace `run.json`."""
     write_atomically(run.record, record.model_dump_json(indent=1))
-
-
-def read_run(run: RunDir) -> RunRecord:
-    """Return the record of an existing run, with state `lost` if nothing of it lives that could change its state.
-
-    Raises:
-        UserError: there is no such run, or its record is unreadable.
-    """
-    live = run.is_live()  # first: the supervisor writes its last state before it lets go of the lock
-    record = read_record(run)
-    if record is None:
-        raise UserError(f"{run.root} is not a run directory: it has no run.json")
-    return record if live or record.state not in ACTIVE else record.model_copy(update={"state": "lost"})

@@ -5,8 +5,11 @@
         code/<hash>/                 the code that each submission runs
         attempts/<k>/host-<i>.log    all that process i printed in attempt k
         attempts/<k>/host-<i>.exit.json, host-<i>.pid
+        attempts/<k>/ask-<what>      present: every worker of the attempt is asked to do that (`ASKS`)
         events.jsonl                 one JSON object a line, appended by launcher and job
         supervisor.log               the launcher's own output
+        attempt                      the number of the newest attempt: processes of earlier ones are fenced off by it
+        slurm/                       what was submitted to Slurm: the script, and the job's id in `job`
         .lock                        held while anything of the run lives
         cancel                       present: the supervisor is asked to stop the run
         metrics.jsonl, checkpoints/  written by the job
@@ -26,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import UserError
+
+# What workers do when they find `ask-<what>`: pass on SIGTERM (save and leave), or kill their job.
+ASKS = ("leave", "kill")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,37 @@ class RunDir:
     def pid_file(self, attempt: int, host: int) -> Path:
         """The process id of one job process on its host; it leads a process group of its own."""
         return self.attempt(attempt) / f"host-{host}.pid"
+
+    @property
+    def slurm_job(self) -> Path:
+        """The id of the run's job in Slurm, once there is one."""
+        return self.root / "slurm" / "job"
+
+    @property
+    def fence(self) -> Path:
+        """The number of the newest attempt."""
+        return self.root / "attempt"
+
+    def begin_attempt(self, number: int) -> None:
+        """Make the directory of an attempt, and fence off the processes of those before it.
+
+        Raises:
+            FileExistsError: the attempt has begun already.
+        """
+        self.attempt(number).mkdir(parents=True)
+        write_atomically(self.fence, f"{number}\n")
+
+    def newest_attempt(self) -> int:
+        """The number in `fence`; 0 without one."""
+        try:
+            return int(self.fence.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def ask_file(self, attempt: int, what: str) -> Path:
+        """A file whose presence asks the workers of an attempt for one of `ASKS`."""
+        assert what in ASKS
+        return self.attempt(attempt) / f"ask-{what}"
 
     def attempts(self) -> list[int]:
         """The numbers of the attempts made so far, ascending."""

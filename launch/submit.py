@@ -3,7 +3,7 @@
     python launch/submit.py --cluster NAME|FILE [--name RUN] [--set KEY=VALUE …] [--dry-run] [--wait] [JOB [ARGS…]]
 
 All that can be known to be wrong is refused before anything is created. Between the first file created and the
-supervisor's start the run's lock is held, so two submissions of one name cannot both go through.
+job's submission the run's lock is held, so two submissions of one name cannot both go through.
 """
 
 import argparse
@@ -22,15 +22,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    from launch.backends.local import start_supervisor
-    from launch.config import REPOSITORY, LocalCluster, expand_path, load_cluster
+    from launch.backends import Backend, backend_named
+    from launch.config import REPOSITORY, AnyCluster, expand_path, load_cluster
     from launch.errors import Parser, UserError, did_you_mean, run_entry_point
     from launch.logs import follow_logs
     from launch.options import DEFAULT_JOB, Job, baselines, check_options, find_job, known_options
-    from launch.plan import Plan, make_plan, masked, show
-    from launch.record import ACTIVE, RunRecord, Submission, read_record, read_run, write_record
+    from launch.plan import Plan, make_plan, masked
+    from launch.record import ACTIVE, RunRecord, Submission, read_record, write_record
     from launch.run_dir import RunDir, in_use
     from launch.snapshot import Code, Snapshot, take_snapshot
+    from launch.standing import is_live, read_standing
 except ModuleNotFoundError as missing:
     from launch.interpreter import continue_with_project_python
 
@@ -53,10 +54,15 @@ class Request:
     arguments: tuple[str, ...]
     cwd: Path
     cluster: str
-    settings: LocalCluster
+    settings: AnyCluster
     code: Code
     script_in_code: str
     snapshot: Snapshot | None
+
+    @property
+    def backend(self) -> Backend:
+        """What submits it."""
+        return backend_named(self.settings.backend)
 
 
 def main(arguments: list[str]) -> int:
@@ -76,7 +82,7 @@ def main(arguments: list[str]) -> int:
     snapshot = take_snapshot(REPOSITORY, job.script)
     request = Request(run, job, tuple(words[1:]), cwd, cluster, settings, snapshot.code, snapshot.script, snapshot)
     if options.dry_run:
-        print(show(plan_for(request)), end="")
+        print(request.backend.preview([plan_for(request)]), end="")
         return 0
     return carry_out(request, wait=options.wait)
 
@@ -117,7 +123,7 @@ def plan_for(request: Request) -> Plan:
         raise UserError(
             f"run {run.name!r} was made with the job {record.job}, not {request.job.name}: choose another --name"
         )
-    if run.is_live():
+    if is_live(run):
         raise in_use(run)
     _check_place(run, record)
     return _plan(request)
@@ -153,15 +159,29 @@ def carry_out(request: Request, *, wait: bool) -> int:
             record.submissions.append(Submission(time=time.time(), plan=masked(plan)))
             write_record(run, record)
             run.append_event("submitted", attempt=plan.first_attempt, cluster=plan.cluster, code=plan.code.hash)
-            start_supervisor(plan, lock)
-        except OSError as error:
-            if past is None:
-                shutil.rmtree(run.root, ignore_errors=True)
+            told = request.backend.submit([plan], [lock])
+        except (OSError, UserError) as error:
+            _undo(run, past)
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{run.root}: cannot be written: {error.strerror}") from error
     finally:
-        os.close(lock)  # the supervisor has its own copy; without one the run is free again
-    _tell_submitted(plan)
+        os.close(lock)  # a supervisor on this machine has its own copy; without one the run is free again
+    _tell_submitted(plan, request.backend.shape(plan), told)
     return _wait_for(run, plan) if wait else 0
+
+
+def _undo(run: RunDir, past: RunRecord | None) -> None:
+    """Leave a run as it was before a submission that was refused: gone, if it was new."""
+    if past is None:
+        shutil.rmtree(run.root, ignore_errors=True)
+        return
+    before = read_record(run)
+    if before is not None:
+        before.submissions.pop()
+        last = before.attempts[-1].outcome if before.attempts else None
+        before.state, before.reason = last or "failed", "its last submission was refused"
+        write_record(run, before)
 
 
 def _plan(request: Request) -> Plan:
@@ -207,7 +227,7 @@ def _wait_for(run: RunDir, plan: Plan) -> int:
     except KeyboardInterrupt:
         print(f"\nthe run goes on without this terminal; to end it: {jobs_command('cancel', run)}", file=sys.stderr)
         return 130
-    record = read_run(run)
+    record = read_standing(run).record
     reason = f": {record.reason}" if record.reason else ""
     print(f"{plan.run}: {record.state}{reason}", file=sys.stderr)
     if record.state == "lost" or record.state in ACTIVE or record.exit_code is None:
@@ -225,12 +245,11 @@ def jobs_command(command: str, run: RunDir) -> str:
     return f"python {shlex.quote(script)} {command} {shlex.quote(shown)}"
 
 
-def _tell_submitted(plan: Plan) -> None:
+def _tell_submitted(plan: Plan, shape: str, told: str) -> None:
     run = RunDir(Path(plan.run_dir))
-    processes, devices = len(plan.hosts), plan.settings["devices_per_process"]
-    shape = f"{processes} process{'es' * (processes > 1)} × {devices} device{'s' * (devices != 1)}"
     what = "submitted" if plan.first_attempt == 1 else f"goes on with attempt {plan.first_attempt}"
     print(f"{plan.run}: {what} on {plan.cluster}, {shape}, code {plan.code.hash}")
+    print(f"  job        {told}")
     print(f"  directory  {plan.run_dir}")
     for command in ("logs -f", "status", "cancel"):
         print(f"  {command:<9}  {jobs_command(command, run)}", flush=True)

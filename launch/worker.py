@@ -5,6 +5,8 @@ the job ended. Invariants:
 
 - The job never outlives its worker (the kernel kills it), and the worker asks the job to save when its own supervisor
   dies, then ends it after the grace period: no orphans, whatever is killed.
+- A worker whose attempt is not the newest any more kills its job at once: after a network partition the processes of the
+  old attempt live on beside the new one, and must not write where it writes.
 - Signals are blocked and waited for, never handled asynchronously: one that arrives before the job has started, or even
   before this file has been read, is passed on afterwards.
 - The job writes to its log file directly, so nothing it printed is lost with the worker.
@@ -32,6 +34,8 @@ from launch.run_dir import RunDir, write_atomically
 
 EXIT_SAVED = 75
 LEAVE_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+# How often the run directory is looked at, which may be on a network file system with many hosts.
+LOOK_SECONDS = 1.0
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,12 +46,18 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS | {signal.SIGCHLD})
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's `ignore` would be inherited, and lose exit codes
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", type=int, required=True, help="this process's index in the job")
+    parser.add_argument("--host", type=int, help="this process's index in the job; in a Slurm step that of the task")
+    parser.add_argument("--identities", type=Path, help="a JSON list: for each host the variables that only it gets")
+    parser.add_argument("--saved_is_success", action="store_true", help="return 0 for a job that has saved its state")
     parser.add_argument("--cwd", required=True, help="where the job runs")
     parser.add_argument("--grace_seconds", type=float, required=True, help="what an orphaned job gets to save")
     parser.add_argument("--parent_pid", type=int, help="the supervisor, if it must not be outlived")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
+    if options.host is None:
+        options.host = int(os.environ["SLURM_PROCID"])
+    if options.identities is not None:
+        os.environ.update(json.loads(options.identities.read_text())[options.host])
     run, attempt = RunDir(Path(os.environ["JASMINE_RUN_DIR"])), int(os.environ["JASMINE_ATTEMPT"])
     if options.parent_pid is not None:
         _die_with_parent(signal.SIGTERM)
@@ -73,16 +83,42 @@ def main() -> int:
             code = 2  # as for any other mistake of the user: a restart would not mend it
         else:
             write_atomically(run.pid_file(attempt, options.host), f"{job.pid}\n")
-            code = _watch(job, options.parent_pid, options.grace_seconds, forwarded)
+            look = _Look(run, attempt, job.pid)
+            code = _watch(job, look, options.parent_pid, options.grace_seconds, forwarded)
     died_of = signal.Signals(-code).name if code < 0 else None
     code = 128 - code if code < 0 else code
     ending = {"host": options.host, "code": code, "signal": died_of, "forwarded": forwarded}
-    times = {"started": started, "ended": time.time()}
-    write_atomically(run.exit_file(attempt, options.host), json.dumps(ending | times))
-    return code
+    more = {"node": os.environ.get("SLURMD_NODENAME"), "started": started, "ended": time.time()}
+    write_atomically(run.exit_file(attempt, options.host), json.dumps(ending | more))
+    # To srun any other code is a failure, for which it would end the tasks that are still saving.
+    return 0 if code == EXIT_SAVED and options.saved_is_success else code
 
 
-def _watch(job: subprocess.Popen[bytes], parent: int | None, grace_seconds: float, forwarded: list[str]) -> int:
+class _Look:
+    """What the run directory says that a worker must do, looked at once in a while."""
+
+    def __init__(self, run: RunDir, attempt: int, job: int) -> None:
+        self.run, self.attempt, self.job = run, attempt, job
+        self.next = 0.0
+        self.asked_to_leave = False
+
+    def __call__(self) -> bool:
+        """Kill the job where it must not live; return whether it is asked, for the first time, to save and leave."""
+        if time.monotonic() < self.next:
+            return False
+        self.next = time.monotonic() + LOOK_SECONDS
+        with contextlib.suppress(OSError):  # storage that is away for a moment says nothing
+            if self.run.newest_attempt() > self.attempt or self.run.ask_file(self.attempt, "kill").exists():
+                end_group(self.job)
+            elif not self.asked_to_leave and self.run.ask_file(self.attempt, "leave").exists():
+                self.asked_to_leave = True
+                return True
+        return False
+
+
+def _watch(
+    job: subprocess.Popen[bytes], look: _Look, parent: int | None, grace_seconds: float, forwarded: list[str]
+) -> int:
     """Pass signals on until the job has ended; append their names to `forwarded`; return Popen's return code."""
     kill_at: float | None = None
     while (code := job.poll()) is None:
@@ -90,6 +126,9 @@ def _watch(job: subprocess.Popen[bytes], parent: int | None, grace_seconds: floa
         if received is not None and received.si_signo != signal.SIGCHLD:
             job.send_signal(received.si_signo)
             forwarded.append(signal.Signals(received.si_signo).name)
+        if look():
+            job.send_signal(signal.SIGTERM)
+            forwarded.append(signal.SIGTERM.name)
         if parent is not None and os.getppid() != parent and kill_at is None:
             kill_at = time.monotonic() + grace_seconds
         if kill_at is not None and time.monotonic() > kill_at:

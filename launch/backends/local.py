@@ -1,12 +1,7 @@
 """The `local` backend: this machine as a cluster of processes, under a supervisor that is detached from the terminal.
 
-The supervisor starts one worker per host, and attempt after attempt decides what follows from how they ended:
-
-- all exited 0: finished;
-- all left with their state saved (75): started again, out of the budget for preemptions;
-- anything else: the others, who may hang in a collective with the dead one, are ended within seconds, and the job is
-  started again from its last checkpoint, out of the budget for failures. Exit code 2 without any progress is the user's
-  mistake, which a restart would only repeat: no restart.
+The supervisor starts one worker per host, and attempt after attempt decides by `launch.outcome` what follows from how they
+ended. When one fails, the others, who may hang in a collective with it, are ended within seconds.
 
 SIGTERM to the supervisor (its machine goes down) and a cancel request make every host save and leave, and end the run.
 The supervisor runs from the run's own code snapshot and reads its plan, which holds secrets, from standard input.
@@ -23,9 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
     # As a script, Python puts this file's directory first; what it imports starts two levels up.
@@ -33,10 +27,13 @@ if __name__ == "__main__":
 
 from pydantic import TypeAdapter
 
-from launch.plan import Host, Plan, host_environment, scrubbed
-from launch.record import Attempt, HostExit, RunRecord, State, Supervisor, read_record, write_record
+from launch.backends import Sighting
+from launch.outcome import Ask, exit_code, kind, outcome
+from launch.outcome import ending as ending_after
+from launch.plan import Host, Plan, host_environment, scrubbed, show
+from launch.record import ACTIVE, Attempt, HostExit, RunRecord, State, Supervisor, read_record, write_record
 from launch.run_dir import RunDir
-from launch.worker import EXIT_SAVED, LEAVE_SIGNALS, end_group
+from launch.worker import LEAVE_SIGNALS, end_group
 
 # Between the first failure and the end of the other processes.
 FAILURE_GRACE_SECONDS = 10.0
@@ -45,7 +42,33 @@ RESTART_DELAY_SECONDS = 1.0
 # How often a cancel request is looked for; it is a file, because who asks may sit on another machine.
 POLL_SECONDS = 0.25
 
-Ask = Literal["cancel", "signal"]
+
+def preview(plans: Sequence[Plan]) -> str:
+    """Return the plans as YAML."""
+    return "---\n".join(map(show, plans))
+
+
+def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
+    """Start a supervisor for each run."""
+    pids = [start_supervisor(plan, lock) for plan, lock in zip(plans, locks, strict=True)]
+    return f"supervisor process {', '.join(map(str, pids))} on this machine"
+
+
+def shape(plan: Plan) -> str:
+    """Return the processes and devices of a run, for people."""
+    processes, devices = len(plan.hosts), plan.settings["devices_per_process"]
+    return f"{processes} process{'es' * (processes > 1)} × {devices} device{'s' * (devices != 1)}"
+
+
+def look(run: RunDir, record: RunRecord) -> Sighting:
+    """Return how a run stands whose lock nobody holds: an unfinished record then has lost its supervisor."""
+    return Sighting(live=False, state="lost" if record.state in ACTIVE else None)
+
+
+def cancel(run: RunDir, record: RunRecord) -> None:
+    """Leave the request that the supervisor looks for."""
+    run.cancel_request.touch()
+
 
 
 def start_supervisor(plan: Plan, lock: int) -> int:
@@ -114,23 +137,18 @@ class _Supervisor:
         while True:
             progress_before = self._progress()
             attempt = self._attempt(number)
-            if attempt.outcome == "finished":
-                return self._end("finished", 0)
             assert attempt.outcome is not None
-            code = EXIT_SAVED if attempt.outcome == "preempted" else _first_failure(attempt).code
-            if self.asked == "cancel":
-                return self._end("cancelled", code, None if code == EXIT_SAVED else "the job had not saved its state")
-            if attempt.outcome == "failed" and code == 2 and self._progress() <= progress_before:
-                return self._end("failed", code, "the job refused its options or its data; not tried again")
-            if self.asked == "signal":
-                if code == EXIT_SAVED:
-                    return self._end("preempted", code, "the supervisor was told to stop; resume the run to go on")
-                return self._end(
-                    "failed", code, "the supervisor was told to stop, and the job could not save its state"
-                )
-            key, limit = budget[attempt.outcome]
-            if spent[attempt.outcome] >= limit:
-                return self._end(attempt.outcome, code, f"its restarts are used up ({key}: {limit})")
+            done = attempt.outcome == "finished"
+            end = ending_after(
+                attempt,
+                asked=self.asked,
+                progress=self._progress() > progress_before,
+                spent=0 if done else spent[attempt.outcome],
+                budget=("", None) if done else budget[attempt.outcome],
+            )
+            if end is not None:
+                return self._end(end.state, end.code, end.reason)
+            code, limit = exit_code(attempt), budget[attempt.outcome][1]
             spent[attempt.outcome] += 1
             number += 1
             self.run.append_event(
@@ -152,9 +170,9 @@ class _Supervisor:
         )
         self.record.attempts.append(attempt)
         self._write("running")
-        self.run.attempt(number).mkdir(parents=True)
+        self.run.begin_attempt(number)
         self.run.append_event("attempt_started", attempt=number, processes=settings["processes"])
-        port = _free_port()
+        port = free_port()
         workers = {host.index: self._start_worker(host, number, port) for host in self.plan.hosts}
         asked_before = False
         kill_at: float | None = None  # when whoever is left will be killed
@@ -170,7 +188,7 @@ class _Supervisor:
                 kill_at = now + grace
                 self._tell(workers.values(), signal.SIGTERM)
             if some_ended and workers:
-                broken = any(_kind(one) in ("failed", "stopped") for one in attempt.exits)
+                broken = any(kind(one) in ("failed", "stopped") for one in attempt.exits)
                 limit = now + (FAILURE_GRACE_SECONDS if broken else grace)
                 if broken and (kill_at is None or kill_at > limit):
                     self._tell(workers.values(), signal.SIGTERM)
@@ -181,8 +199,7 @@ class _Supervisor:
                     self._kill(number, host, worker, worker_too=killed_before)
                 killed_before, kill_at = True, now + 5.0
         attempt.ended = time.time()
-        kinds = {_kind(one) for one in attempt.exits}
-        attempt.outcome = "finished" if kinds == {"finished"} else "failed" if "failed" in kinds else "preempted"
+        attempt.outcome = outcome(attempt.exits)
         if attempt.outcome == "preempted":
             self.run.append_event("preempted", attempt=number)
         self._write("running")
@@ -196,7 +213,7 @@ class _Supervisor:
             attempt.exits.append(one)
             fields = {"attempt": attempt.number, "host": one.host, "code": one.code, "signal": one.signal}
             self.run.append_event("host_exited", **fields)
-            if attempt.first_failed is None and _kind(one) == "failed":
+            if attempt.first_failed is None and kind(one) == "failed":
                 attempt.first_failed = one.host
                 self.run.append_event("failed", **fields)
         return bool(exits)
@@ -264,20 +281,7 @@ class _Supervisor:
         return code
 
 
-def _kind(one: HostExit) -> Literal["finished", "saved", "stopped", "failed"]:
-    if one.code == 0:
-        return "finished"
-    if one.code == EXIT_SAVED:
-        return "saved"
-    # Told to leave before it could listen, as while it still imports: nothing was done that could be lost.
-    return "stopped" if one.signal in one.forwarded else "failed"
-
-
-def _first_failure(attempt: Attempt) -> HostExit:
-    return next(one for one in attempt.exits if one.host == attempt.first_failed)
-
-
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port nothing listens on, below those that the kernel gives to outgoing connections."""
     while True:
         port = random.randrange(20000, 32000)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.record import RunRecord, read_run
+from launch.record import RunRecord
 from launch.run_dir import RunDir
+from launch.standing import Watch, read_standing
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -62,8 +63,9 @@ class Checkout:
     def end(self, name: str = "r", seconds: float = 40) -> RunRecord:
         """Wait until nothing of the run lives; return its record."""
         run = self.directory(name)
-        wait_until(lambda: not run.is_live(), seconds)
-        return read_run(run)
+        lives = Watch(run, seconds=0.2)
+        wait_until(lambda: not lives(), seconds)
+        return read_standing(run).record
 
     def at_step(self, step: int, name: str = "r", host: int = 0) -> None:
         """Wait until a process of the run's first attempt has finished a step."""

@@ -1,0 +1,358 @@
+"""The `slurm` backend: one sbatch job for a run, or one array for a sweep, submitted by submitit.
+
+The batch script starts `launch.backends.slurm_attempt` on the first node, which runs one attempt and asks Slurm to run the
+job again where the run goes on. Nothing of ours runs on the login node once a job is submitted.
+
+The truth about a job is what squeue, scontrol and, where there is one, sacct say; many clusters have no sacct, and
+slurmctld forgets a job some minutes after its end, so what happened is in the run directory as well. A scheduler that
+does not answer in time changes nothing that is known.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.backends import Sighting
+from launch.config import ENVIRONMENT, SlurmCluster
+from launch.errors import UserError
+from launch.plan import Plan, scrubbed
+from launch.record import RunRecord, State
+from launch.run_dir import RunDir, write_atomically
+
+QUERY_SECONDS = 15
+
+# What becomes of a run whose job has ended in a way that its supervisor could not write down.
+_ENDED: dict[str, tuple[State, str]] = {
+    "CANCELLED": ("cancelled", "its job was cancelled in Slurm"),
+    "TIMEOUT": ("failed", "its job reached the time limit, and was not put back into the queue"),
+    "NODE_FAIL": ("failed", "a node of its job failed, and Slurm did not put it back into the queue"),
+    "OUT_OF_MEMORY": ("failed", "its job needed more memory than it had asked for (key: memory)"),
+    "BOOT_FAIL": ("failed", "a node of its job could not boot"),
+    "DEADLINE": ("failed", "its job's deadline has passed"),
+    "PREEMPTED": ("preempted", "its job was preempted, and Slurm did not put it back into the queue"),
+    "FAILED": ("failed", "its job's supervisor was killed, or could not start"),
+    "COMPLETED": ("lost", "its job has ended without writing down how"),
+}
+
+# Slurm's reasons for waiting, for people.
+_WAITING = {
+    "Resources": "as many nodes as it asks for are not free yet",
+    "Priority": "jobs of a higher priority are before it",
+    "None": "it has just been put into the queue",
+    "BeginTime": "Slurm lets a job that was put back into the queue wait before it starts again",
+    "Dependency": "it waits for the run before it to finish",
+    "DependencyNeverSatisfied": "the run before it did not finish, so it will never start; cancel it",
+    "PartitionTimeLimit": "it asks for more time than the partition allows (key: time_limit)",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows (key: nodes)",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
+    "JobHeldUser": "it is held by its owner; `scontrol release` lets it go",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobArrayTaskLimit": "as many elements of the sweep as are allowed run already",
+    "Reservation": "its reservation has not begun",
+    "BadConstraints": "no node has what it asks for (keys: constraint, gpus_per_node, cpus_per_node, memory)",
+    "Licenses": "licences that it needs are taken",
+    "Cleaning": "what is left of its last attempt is being cleaned up",
+}
+
+
+# --- what is submitted -------------------------------------------------------------------------------------------
+
+
+def preview(plans: Sequence[Plan]) -> str:
+    """Return the batch script."""
+    return batch_script(plans)
+
+
+def shape(plan: Plan) -> str:
+    """Return nodes, GPUs and processes of a run, for people."""
+    settings = _settings(plan)
+    nodes, gpus, processes = settings.nodes, settings.gpus_per_node, len(plan.hosts)
+    on = f"{nodes} node{'s' * (nodes > 1)}"
+    what = f"{nodes * gpus} GPU{'s' * (nodes * gpus > 1)} on {on}" if gpus else on
+    return f"{what}, {processes} process{'es' * (processes > 1)}"
+
+
+def batch_script(plans: Sequence[Plan]) -> str:
+    """Return what sbatch gets, for one run or for the array of a sweep."""
+    plan, settings = plans[0], _settings(plans[0])
+    where = shlex.quote(plan.run_dir)
+    if plan.sweep is not None:
+        where = f"{shlex.quote(_sweep_stem(plan))}.$SLURM_ARRAY_TASK_ID"
+    supervisor = f"{where}/code/{plan.code.hash}/launch/backends/slurm_attempt.py"
+    # The supervisor runs beside the job's container, where there is one, with the Python that submitted.
+    outside = sys.executable if settings.container and settings.python else plan.argv[0]
+    submission = f"--first_attempt {plan.first_attempt}"
+    return _sbatch_text(
+        plans, f"exec {shlex.quote(outside)} {supervisor} --run_dir {where} {submission}", settings.setup
+    )
+
+
+def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str]) -> str:
+    from submitit.slurm.slurm import _make_sbatch_string  # the pure part of submitit's executor: needs no srun
+
+    plan, settings = plans[0], _settings(plans[0])
+    verbatim = [f"#SBATCH {line}" for line in settings.extra]
+    return _make_sbatch_string(
+        command=command,
+        folder=str(_folder(plan)),
+        setup=[*verbatim, *setup] or None,
+        use_srun=False,
+        wckey=None,
+        map_count=len(plans) if plan.sweep is not None else None,
+        **_executor_parameters(plan, settings),
+    )
+
+
+def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
+    """Return the plan in the words of submitit's executor."""
+    log = _percent_safe(str(RunDir(Path(plan.run_dir)).supervisor_log))
+    if plan.sweep is not None:
+        log = f"{_percent_safe(_sweep_stem(plan))}.%a/supervisor.log"
+    more: dict[str, Any] = {
+        "output": log,
+        "requeue": True,
+        # To the tasks only: the supervisor stays to see them save.
+        "signal": f"TERM@{settings.grace_seconds}",
+        "export": ",".join(["ALL", *(name for name, source in settings.secrets.items() if source == ENVIRONMENT)]),
+    }
+    gpus = settings.gpus_per_node
+    optional = {
+        "reservation": settings.reservation,
+        "gpus-per-node": f"{settings.gpu_type}:{gpus}" if settings.gpu_type else gpus or None,
+        "mail-user": settings.mail,
+        "mail-type": "END,FAIL,REQUEUE" if settings.mail else None,
+        "dependency": _dependency(plan),
+        "kill-on-invalid-dep": "yes" if plan.after else None,
+    }
+    more |= {key: value for key, value in optional.items() if value is not None}
+    cpus = settings.cpus_per_node
+    chosen = {
+        "job_name": plan.sweep or plan.run,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "nodes": settings.nodes,
+        "ntasks_per_node": settings.processes_on_a_node,
+        "cpus_per_task": max(1, cpus // settings.processes_on_a_node) if cpus else None,
+        "mem": settings.memory,
+        "time": settings.time_limit,  # None leaves it to the partition, where submitit would say five minutes
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+    }
+    return {**chosen, "stderr_to_stdout": True, "additional_parameters": more}
+
+
+def _settings(plan: Plan) -> SlurmCluster:
+    return SlurmCluster.model_validate(plan.settings)
+
+
+def _folder(plan: Plan) -> Path:
+    return Path(plan.run_dir) / "slurm"
+
+
+def _sweep_stem(plan: Plan) -> str:
+    return plan.run_dir.rpartition(".")[0]
+
+
+def _percent_safe(path: str) -> str:
+    return path.replace("%", "%%")
+
+
+def _dependency(plan: Plan) -> str | None:
+    """Return `afterok:<job>…` for the runs before this one that have not finished; for one whose job is not known yet
+    (a dry run of a pipeline) its name stands in the place of the id."""
+    storage = Path(plan.run_dir).parent
+    ids = [_read_job_id(RunDir(storage / name)) or f"<job of {name}>" for name in plan.after]
+    return f"afterok:{':'.join(ids)}" if ids else None
+
+
+def _read_job_id(run: RunDir) -> str | None:
+    try:
+        return run.slurm_job.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
+    """Submit one job, or one array, and note its id in each run directory."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    plan, settings = plans[0], _settings(plans[0])
+    for name, source in settings.secrets.items():
+        if source == ENVIRONMENT and name not in os.environ:
+            raise UserError(f"secrets: {name} is not set in this shell: export it, or name a file that holds it")
+        if source != ENVIRONMENT and not Path(os.path.expanduser(source)).is_file():
+            raise UserError(f"secrets: {name}: there is no file {source}")
+    text = batch_script(plans)
+
+    class Executor(submitit.SlurmExecutor):
+        """Submits our script in the place of a pickled function."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return text
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            # A job that is submitted from inside another one must not take that one's shape for its own.
+            leaked = sorted(os.environ.keys() - scrubbed(os.environ).keys())
+            return ["env", *(f"--unset={name}" for name in leaked), "sbatch", str(submission_file_path)]
+
+    try:
+        for one in plans:
+            _folder(one).mkdir(exist_ok=True)
+        executor = Executor(_folder(plan))
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's complaint there as it comes
+            job = executor._submit_command("")
+    except RuntimeError as error:
+        if isinstance(error, FailedJobError | FailedSubmissionError):
+            raise UserError(f"sbatch refused: {_complaint(str(error))}") from error
+        raise UserError(
+            "there is no Slurm here (srun is not on the PATH): submit from a login node, or look at it with --dry-run"
+        ) from error
+    for index, one in enumerate(plans):
+        run = RunDir(Path(one.run_dir))
+        write_atomically(run.slurm_job, f"{job.job_id}_{index}\n" if plan.sweep is not None else f"{job.job_id}\n")
+    return f"Slurm job {job.job_id}"
+
+
+def _complaint(text: str) -> str:
+    """Return the lines of sbatch's complaint as one, without its prefixes."""
+    lines = [line.partition("error: ")[2] or line for line in text.splitlines() if "error:" in line]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(text.split())
+
+
+# --- what Slurm says ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm describes it; `fields` are scontrol's."""
+
+    state: str
+    fields: Mapping[str, str]
+
+    def field(self, name: str) -> str:
+        """Return a field, `""` where there is none or it says there is nothing."""
+        value = self.fields.get(name, "")
+        return "" if value in ("(null)", "None", "N/A", "Unknown") else value
+
+
+class NoAnswerError(Exception):
+    """The scheduler could not be asked."""
+
+
+def ask(*command: str) -> str:
+    """Return what one of Slurm's commands prints.
+
+    Raises:
+        NoAnswerError: there is no such command here, it failed, or took too long.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, env=scrubbed(os.environ))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoAnswerError(str(error)) from error
+    if done.returncode != 0:
+        raise NoAnswerError(_complaint(done.stderr) or f"{command[0]} exited {done.returncode}")
+    return done.stdout
+
+
+def job_now(job_id: str) -> Job | None:
+    """Return what Slurm knows of a job, None when it has forgotten it.
+
+    Raises:
+        NoAnswerError: the scheduler could not be asked.
+    """
+    try:
+        # Anything in an array that has not started stands in one entry; the first that mentions the element is it.
+        text = ask("scontrol", "-o", "show", "job", job_id).splitlines()[0]
+    except NoAnswerError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return _job_in_accounts(job_id)
+    except IndexError:
+        return None
+    fields = {name: value for name, value in _fields(text)}
+    return Job(fields.get("JobState", ""), fields)
+
+
+def _fields(text: str) -> Iterator[tuple[str, str]]:
+    for match in re.finditer(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)", text):
+        yield match.group(1), match.group(2).strip()
+
+
+def _job_in_accounts(job_id: str) -> Job | None:
+    try:
+        text = ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State,NodeList,ExitCode")
+    except NoAnswerError:  # many clusters have no accounts
+        return None
+    lines = [line.split("|") for line in text.splitlines() if line]
+    if not lines:
+        return None
+    state, nodes, code = lines[-1]
+    return Job(state.split()[0], {"JobState": state, "NodeList": nodes, "ExitCode": code})
+
+
+def look(run: RunDir, record: RunRecord) -> Sighting:
+    """Return what Slurm says about a run's job."""
+    job_id = _read_job_id(run)
+    if job_id is None:
+        return Sighting(live=False, state="lost", detail="it never got a job in Slurm")
+    facts = [("Slurm job", job_id)]
+    try:
+        job = job_now(job_id)
+    except NoAnswerError as error:
+        detail = f"Slurm does not answer ({error}); this is how the run stood when it was last seen"
+        return Sighting(live=True, detail=detail, answered=False, facts=tuple(facts))
+    if job is None:
+        return Sighting(live=False, state="lost", detail=f"Slurm does not know job {job_id} any more", facts=tuple(facts))
+    if nodes := job.field("NodeList"):
+        facts.append(("nodes", nodes))
+    if excluded := job.field("ExcNodeList"):
+        facts.append(("excluded", excluded))
+    state = job.state.split()[0] if job.state else ""
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
+        waiting = why_waiting(job)
+        return Sighting(live=True, state="submitted", detail=waiting, facts=tuple(facts))
+    if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED"):
+        return Sighting(live=True, detail=f"its job is {state.lower()}", facts=tuple(facts))
+    ended, reason = _ENDED.get(state, ("lost", f"its job ended as {state}"))
+    return Sighting(live=False, state=ended, detail=reason, facts=tuple(facts))
+
+
+def why_waiting(job: Job) -> str:
+    """Return in plain words why a job does not run."""
+    reason = job.fields.get("Reason", "None")
+    word = re.split(r"[,_ (]", reason)[0]
+    if word.startswith(("QOS", "Assoc")) or word in ("MaxJobsPerAccount", "AssocGrpGRES"):
+        plain = "a limit of the account or quality of service is reached"
+    else:
+        plain = _WAITING.get(word, "")
+    start = job.field("StartTime")
+    expected = f"; expected to start at {start.replace('T', ' ')}" if start and word in ("Resources", "Priority") else ""
+    return f"waiting: {plain} ({reason}){expected}" if plain else f"waiting: {reason}{expected}"
+
+
+def cancel(run: RunDir, record: RunRecord) -> None:
+    """Ask the supervisor, where one runs, to save and stop; take a job that waits out of the queue."""
+    run.cancel_request.touch()
+    job_id = _read_job_id(run)
+    if job_id is None:
+        return
+    try:
+        ask("scancel", "--state=PENDING", job_id)
+    except NoAnswerError as error:
+        if "Invalid job id" in str(error):  # it runs, or has ended
+            return
+        raise UserError(
+            f"Slurm does not answer ({error}); the run's supervisor, if it runs, will find the request"
+        ) from error

@@ -1,0 +1,411 @@
+"""Supervises one attempt of a run on Slurm: the batch script's only command, on the first node of the job.
+
+It takes the next attempt's number (which fences off every process of earlier attempts), starts a worker for each
+process by one `srun`, sees them to their end, and decides by `launch.outcome` what follows: the run has ended, or Slurm is
+asked to put the same job back into the queue. Invariants:
+
+- It believes the workers' exit files, not srun's exit code; what a worker could not write is told from srun's output.
+- Where Slurm itself ends the job (scancel, requeue by hand), what becomes of it is Slurm's to say: it is not put back into the
+  queue from here, and the record says no more than that the attempt is over.
+- It leaves with a code other than 0 unless the run has finished, so that jobs that depend on it (afterok) wait or die.
+- The record is complete before Slurm is asked to requeue: from then on this process may be killed at any time.
+- A job that is not the newest submission of its run does nothing.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this file's directory first; what it imports starts two levels up.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch.backends.local import FAILURE_GRACE_SECONDS, free_port
+from launch.backends.slurm import NoAnswerError, ask
+from launch.config import ENVIRONMENT, SlurmCluster
+from launch.errors import UserError
+from launch.outcome import Ask, exit_code, kind, outcome
+from launch.outcome import ending as ending_after
+from launch.plan import Plan, identity, scrubbed
+from launch.record import Attempt, Blame, HostExit, RunRecord, State, Supervisor, read_record, write_record
+from launch.run_dir import RunDir, write_atomically
+from launch.worker import EXIT_SAVED, LEAVE_SIGNALS
+
+POLL_SECONDS = 0.5
+LOCK_SECONDS = 30.0
+# For as long as the controller is away, for example restarted, a requeue is asked for again and again.
+REQUEUE_SECONDS = 3600.0
+BLAMES_TO_EXCLUDE = 2
+
+
+def main() -> int:
+    """Run the next attempt of the run; return an exit code for Slurm."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE_SIGNALS | {signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--first_attempt", type=int, required=True, help="of the submission that this job is")
+    options = parser.parse_args()
+    run = RunDir(options.run_dir)
+    lock = _lock(run)
+    try:
+        record = read_record(run)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    if record is None or not record.submissions:
+        print(f"{run.root}: no submission is recorded here any more", flush=True)
+        return 1
+    plan = record.submissions[-1].plan
+    if plan.first_attempt != options.first_attempt or plan.settings["backend"] != "slurm":
+        print(f"{run.name}: submitted again since; this job has nothing to do", flush=True)
+        return 0
+    try:
+        return _Supervisor(plan, run, record).run_attempt()
+    finally:
+        os.close(lock)
+
+
+def _lock(run: RunDir) -> int:
+    """Take the run's lock if that is possible; without it Slurm itself sees to it that a job runs once."""
+    descriptor = os.open(run.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # whoever submits is still writing, or a zombie of an earlier attempt holds it
+            time.sleep(0.1)
+        except OSError:
+            break  # a file system without locks
+    return descriptor
+
+
+class _Supervisor:
+    def __init__(self, plan: Plan, run: RunDir, record: RunRecord) -> None:
+        self.plan, self.run, self.record = plan, run, record
+        self.settings = SlurmCluster.model_validate(plan.settings)
+        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.node = os.environ.get("SLURMD_NODENAME", "")
+        self.asked: Ask | None = None
+        self.terminated = False  # Slurm is ending this job, for a reason that only it knows
+        self.ends_at = self._end_time()
+
+    def run_attempt(self) -> int:
+        """Run one attempt; return the batch job's exit code."""
+        self._settle_earlier_attempt()
+        if self.run.cancel_request.exists():
+            return self._end("cancelled", EXIT_SAVED, None)
+        nodes = ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        self.record.supervisor = Supervisor(host=self.node, pid=os.getpid())
+        number = max([self.plan.first_attempt - 1, *self.run.attempts()]) + 1
+        on_a_node = self.settings.processes_on_a_node
+        attempt = Attempt(
+            number=number,
+            processes=len(self.plan.hosts),
+            devices_per_process="auto",
+            devices=f"{self.settings.gpus_per_node // on_a_node} GPUs" if self.settings.gpus_per_node else None,
+            code=self.plan.code.hash,
+            nodes=[node for node in nodes for _ in range(on_a_node)],
+            started=time.time(),
+        )
+        self.record.attempts.append(attempt)
+        self.run.begin_attempt(number)
+        self._write("running")
+        self.run.append_event(
+            "attempt_started", attempt=number, processes=len(self.plan.hosts), job=self.job_id, nodes=nodes
+        )
+        size = self._metrics_size()
+        self._see_to_the_end(attempt, self._start(attempt, nodes))
+        attempt.ended = time.time()
+        attempt.outcome = outcome(attempt.exits)
+        if attempt.outcome == "preempted":
+            attempt.cause = attempt.cause or self._why_warned()
+            self.run.append_event("preempted", attempt=number, cause=attempt.cause)
+        self._blame(attempt)
+        return self._follow(attempt, progress=self._metrics_size() > size)
+
+    # --- an attempt --------------------------------------------------------------------------------------------
+
+    def _start(self, attempt: Attempt, nodes: list[str]) -> "subprocess.Popen[bytes]":
+        directory = self.run.attempt(attempt.number)
+        port = free_port()  # on this node, the first, where process 0 will run
+        identities = [identity(host, port, nodes[0]) for host in self.plan.hosts]
+        write_atomically(directory / "identities.json", json.dumps(identities))
+        per_node = self.settings.processes_on_a_node
+        command = [
+            "srun", f"--jobid={self.job_id}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * per_node}",
+            f"--ntasks-per-node={per_node}", "--distribution=block", "--export=ALL", "--kill-on-bad-exit=1",
+            "--unbuffered", "--mpi=none",
+        ]  # fmt: skip
+        if self.settings.gpus_per_node:
+            command.append(f"--gpus-per-node={self.settings.gpus_per_node}")
+        if self.settings.cpus_per_node:
+            command.append(f"--cpus-per-task={max(1, self.settings.cpus_per_node // per_node)}")
+        command += self._container(nodes)
+        worker = str(self.plan.code_dir / "launch" / "worker.py")
+        command += [self.plan.argv[0], worker, "--identities", str(directory / "identities.json")]
+        command += ["--saved_is_success", "--cwd", self.plan.cwd, "--grace_seconds", str(self.settings.grace_seconds)]
+        environment = {
+            **scrubbed(os.environ),
+            **self.plan.env,
+            **self._secrets(),
+            "JASMINE_ATTEMPT": str(attempt.number),
+        }
+        with (directory / "srun.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--", *self.plan.argv],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _container(self, nodes: list[str]) -> list[str]:
+        """Return what goes before the worker's command, or options of srun, to run in a container."""
+        image = self.settings.container
+        if image is None:
+            return []
+        mounts = [str(self.run.root.parent), self.plan.cwd, *self.settings.container_mounts]
+        both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
+        if self.settings.container_runtime == "pyxis":
+            return [f"--container-image={image}", f"--container-mounts={','.join(both_sides)}", "--no-container-mount-home"]
+        gpus = ["--nv"] if self.settings.gpus_per_node else []
+        return ["apptainer", "exec", *gpus, *(f"--bind={mount}" for mount in both_sides), image]
+
+    def _secrets(self) -> dict[str, str]:
+        """Return the values of secrets that are files; those of the environment are in it."""
+        files = {name: source for name, source in self.settings.secrets.items() if source != ENVIRONMENT}
+        return {name: Path(os.path.expanduser(source)).read_text().strip() for name, source in files.items()}
+
+    def _see_to_the_end(self, attempt: Attempt, srun: "subprocess.Popen[bytes]") -> None:
+        """Collect exits until srun is gone; end what does not end by itself."""
+        waiting = {host.index for host in self.plan.hosts}
+        kill_at: float | None = None
+        told = False
+        while srun.poll() is None:
+            self._wait_for_a_signal()
+            ended = self._collect(attempt, waiting)
+            now = time.monotonic()
+            if self.asked and not told:
+                told, kill_at = True, now + self.settings.grace_seconds
+                self.run.append_event("signalled", attempt=attempt.number, signal="SIGTERM", why=self.asked)
+                self.run.ask_file(attempt.number, "leave").touch()
+            if ended and waiting:
+                broken = any(kind(one) in ("failed", "stopped") for one in attempt.exits)
+                limit = now + (FAILURE_GRACE_SECONDS if broken else self.settings.grace_seconds)
+                kill_at = limit if kill_at is None else min(kill_at, limit)
+            if not waiting and kill_at is None:
+                kill_at = now + FAILURE_GRACE_SECONDS
+            if kill_at is not None and now > kill_at:
+                self.run.append_event("killed", attempt=attempt.number, hosts=sorted(waiting))
+                self.run.ask_file(attempt.number, "kill").touch()
+                deadline = now + 10
+                while srun.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                break
+        if srun.poll() is None:
+            srun.kill()  # waits for a node that is gone
+            srun.wait()
+        self._collect(attempt, waiting)
+        self._missing(attempt, waiting)
+
+    def _collect(self, attempt: Attempt, waiting: set[int]) -> bool:
+        """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
+        found = []
+        for host in sorted(waiting):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found.append(HostExit.model_validate_json(self.run.exit_file(attempt.number, host).read_text()))
+        for one in sorted(found, key=lambda one: one.ended):
+            waiting.discard(one.host)
+            self._note(attempt, one)
+        return bool(found)
+
+    def _note(self, attempt: Attempt, one: HostExit) -> None:
+        one.node = one.node or attempt.nodes[one.host]
+        attempt.exits.append(one)
+        fields = {"attempt": attempt.number, "host": one.host, "node": one.node, "code": one.code, "signal": one.signal}
+        self.run.append_event("host_exited", **fields)
+        if attempt.first_failed is None and kind(one) == "failed":
+            attempt.first_failed = one.host
+            self.run.append_event("failed", **fields)
+
+    def _missing(self, attempt: Attempt, missing: set[int]) -> None:
+        """Say what can be said of processes whose workers did not: the first that srun complained of was not killed for the
+        sake of another one."""
+        if not missing:
+            return
+        first = attempt.first_failed
+        if first is None and not self.terminated:
+            complaint = _first_complaint(self.run.attempt(attempt.number) / "srun.log")
+            on_node = [host for host in sorted(missing) if complaint and attempt.nodes[host] == complaint[0]]
+            if complaint and complaint[1] in missing:
+                first = complaint[1]
+            else:
+                first = (on_node or sorted(missing))[0]
+            attempt.cause = f"process {first} on {attempt.nodes[first]} ended without a word (killed, or its node is gone)"
+        # Killed because another one had failed, or by Slurm: a stop, not a failure of its own.
+        for host in sorted(missing, key=lambda host: (host != first, host)):
+            stopped = [] if host == first else ["SIGKILL"]
+            one = HostExit(host=host, code=137, signal="SIGKILL", forwarded=stopped, ended=time.time())
+            self._note(attempt, one)
+
+    def _wait_for_a_signal(self) -> None:
+        received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, POLL_SECONDS)
+        if received is not None and received.si_signo != signal.SIGCHLD:
+            self.terminated = True
+        if self.asked is None and self.run.cancel_request.exists():
+            self.asked = "cancel"
+
+    # --- what follows ------------------------------------------------------------------------------------------
+
+    def _follow(self, attempt: Attempt, *, progress: bool) -> int:
+        assert attempt.outcome is not None
+        budget = {
+            "failed": ("max_failures", self.settings.max_failures),
+            "preempted": ("max_preemptions", self.settings.max_preemptions),
+            "finished": ("", None),
+        }
+        before = [one for one in self.record.attempts[:-1] if one.number >= self.plan.first_attempt]
+        spent = sum(one.outcome == attempt.outcome for one in before)
+        if self.asked is None and attempt.outcome != "finished" and self._ended_by_slurm():
+            self.record.reason = f"Slurm ended attempt {attempt.number}"
+            self._write("submitted")
+            return exit_code(attempt)
+        end = ending_after(
+            attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome]
+        )
+        if end is not None:
+            return self._end(end.state, end.code, end.reason)
+        self.record.reason = f"attempt {attempt.number} {attempt.outcome}: {attempt.cause or 'goes on from its last checkpoint'}"
+        self._write("submitted")
+        self.run.append_event("restarted", attempt=attempt.number + 1, after=attempt.outcome, used=spent + 1)
+        return self._requeue(exit_code(attempt))
+
+    def _requeue(self, code: int) -> int:
+        """Have Slurm run this job again, and stay until it ends this run of it."""
+        excluded = self._excluded()
+        deadline = time.monotonic() + REQUEUE_SECONDS
+        while True:
+            try:
+                ask("scontrol", "requeue", self.job_id)
+                break
+            except NoAnswerError as error:
+                if "disabled" in str(error).lower() or time.monotonic() > deadline:
+                    return self._end("failed", code, f"Slurm did not put the job back into the queue: {error}")
+                if self._job_state() == "PENDING":
+                    break  # Slurm has done so by itself, as after a preemption
+                print(f"requeue: {error}; trying again", flush=True)
+                time.sleep(5)
+        if excluded:
+            # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
+            nodes = ",".join(sorted({*excluded, *filter(None, [self.settings.exclude])}))
+            try:
+                ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")
+                self.run.append_event("excluded", nodes=sorted(excluded))
+            except NoAnswerError as error:
+                print(f"could not exclude {nodes}: {error}", flush=True)
+        return code
+
+    def _blame(self, attempt: Attempt) -> None:
+        """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
+        with an exception is not."""
+        first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
+        if first is None or first.node is None or first.signal is None:
+            return
+        reason = attempt.cause or f"process {first.host} died of {first.signal}"
+        self.record.blames.append(Blame(node=first.node, reason=reason, time=time.time()))
+        self.run.append_event("blamed", attempt=attempt.number, node=first.node, reason=reason)
+
+    def _excluded(self) -> list[str]:
+        """Return the nodes that were blamed twice within the time for which an exclusion holds."""
+        since = time.time() - self.settings.exclude_hours * 3600
+        recent = [blame.node for blame in self.record.blames if blame.time > since]
+        return sorted({node for node in recent if recent.count(node) >= BLAMES_TO_EXCLUDE})
+
+    def _settle_earlier_attempt(self) -> None:
+        """Give an attempt whose supervisor was killed an outcome: Slurm ran the job again by itself."""
+        for attempt in self.record.attempts:
+            if attempt.outcome is None:
+                attempt.ended = time.time()
+                attempt.outcome = "preempted"
+                down = [node for node in dict.fromkeys(attempt.nodes) if _is_down(node)]
+                for node in down:
+                    self.record.blames.append(Blame(node=node, reason="its node went down", time=time.time()))
+                    self.run.append_event("blamed", attempt=attempt.number, node=node, reason="its node went down")
+                attempt.cause = f"lost its node {', '.join(down)}" if down else "Slurm took it from its nodes"
+                self.run.append_event("preempted", attempt=attempt.number, cause=attempt.cause)
+
+    def _why_warned(self) -> str:
+        """Return why Slurm asked the processes to leave, as far as it can be told."""
+        if self.asked:
+            return "asked to leave"
+        # The warning may come up to a minute early.
+        if self.ends_at is not None and time.time() > self.ends_at - self.settings.grace_seconds - 60:
+            return "time limit"
+        return "preempted by Slurm"
+
+    def _end_time(self) -> float | None:
+        """Return when the time limit will be reached, in Unix seconds."""
+        with contextlib.suppress(NoAnswerError, ValueError):
+            found = re.search(r" EndTime=(\S+)", ask("scontrol", "-o", "show", "job", self.job_id))
+            return time.mktime(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S")) if found else None
+        return None
+
+    def _ended_by_slurm(self) -> bool:
+        """Return whether Slurm is ending this job by its own decision, other than that the time limit is reached."""
+        state = self._job_state()
+        timed_out = self.ends_at is not None and time.time() > self.ends_at - 2
+        return state not in ("RUNNING", "") and not timed_out
+
+    def _job_state(self) -> str:
+        with contextlib.suppress(NoAnswerError):
+            text = ask("scontrol", "-o", "show", "job", self.job_id)
+            found = re.search(r"JobState=(\w+)", text)
+            return found.group(1) if found else ""
+        return ""
+
+    def _metrics_size(self) -> int:
+        return self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
+
+    def _write(self, state: State) -> None:
+        self.record.state, self.record.changed = state, time.time()
+        write_record(self.run, self.record)
+
+    def _end(self, state: State, code: int, reason: str | None = None) -> int:
+        self.record.exit_code, self.record.reason = code, reason
+        number = self.record.attempts[-1].number if self.record.attempts else self.plan.first_attempt
+        event = state if state in ("finished", "cancelled") else "ended"
+        self.run.append_event(event, attempt=number, state=state, code=code, reason=reason)
+        self._write(state)
+        return code
+
+
+def _first_complaint(log: Path) -> tuple[str, int] | None:
+    """Return the node and the task of the first failure that srun reports."""
+    try:
+        found = re.search(r"srun: error: (\S+): tasks? (\d+)", log.read_text(errors="replace"))
+    except FileNotFoundError:
+        return None
+    return (found.group(1), int(found.group(2))) if found else None
+
+
+def _is_down(node: str) -> bool:
+    try:
+        state = re.search(r"State=(\S+)", ask("scontrol", "-o", "show", "node", node))
+    except NoAnswerError:
+        return False
+    return state is not None and any(word in state.group(1) for word in ("DOWN", "NOT_RESPONDING", "*"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What happens to a run on Slurm, from submission to its end: a real cluster, real processes, a stand-in for the baseline."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.record import read_record
+from tests.clusters.slurm import SlurmCluster
+from tests.launch.checkouts import Checkout, wait_until
+
+CLUSTER = """\
+backend: slurm
+partition: main
+nodes: 2
+processes_per_node: 2
+gpus_per_node: 4
+cpus_per_node: 4
+time_limit: "10"
+grace_seconds: 20
+storage: runs
+"""
+
+
+@pytest.fixture
+def here(checkout: Checkout, slurm: SlurmCluster) -> Iterator[Checkout]:
+    """A login node: a checkout in which `slurm.yaml` is the cluster."""
+    checkout.env |= slurm.env
+    checkout.env["PATH"] = os.environ["PATH"]
+    (checkout.home / "slurm.yaml").write_text(CLUSTER)
+    os.environ |= slurm.env  # `launch.standing` asks Slurm from this process
+    yield checkout
+    slurm.command("scancel", "-f", "-u", "root" if os.getuid() == 0 else os.environ["USER"], check=False)
+    wait_until(lambda: not slurm.command("squeue", "-h").strip(), 60)
+
+
+def submit(here: Checkout, *arguments: str, name: str = "r") -> str:
+    """Submit to Slurm, and return what the command printed."""
+    return here.submit(*arguments, name=name, cluster="slurm.yaml").stdout
+
+
+def job_id(here: Checkout, name: str = "r") -> str:
+    return here.directory(name).slurm_job.read_text().strip()
+
+
+def events(here: Checkout, name: str = "r") -> list[str]:
+    return [event["event"] for event in here.directory(name).events()]
+
+
+def at_step(here: Checkout, step: int, *, attempt: int = 1, host: int = 0, name: str = "r") -> None:
+    log = here.directory(name).log(attempt, host)
+    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 60)
+
+
+def steps(here: Checkout, name: str = "r") -> list[int]:
+    return [json.loads(line)["step"] for line in here.directory(name).metrics.read_text().splitlines()]
+
+
+def test_two_nodes_with_two_processes_each_run_to_the_end(here: Checkout, slurm: SlurmCluster) -> None:
+    begin = time.monotonic()
+    told = submit(here, "train_tokenizer_vqvae", "--num_steps", "5")
+    print(f"submitted in {time.monotonic() - begin:.2f} s")
+    assert "8 GPUs on 2 nodes, 4 processes" in told
+    assert f"Slurm job {job_id(here)}" in told
+    assert str(here.directory().root) in told
+    record = here.end()
+    assert (record.state, record.exit_code) == ("finished", 0), here.directory().supervisor_log.read_text()
+    (attempt,) = record.attempts
+    assert attempt.nodes == ["127.0.0.11", "127.0.0.11", "127.0.0.12", "127.0.0.12"]
+    assert [(one.host, one.code, one.node) for one in sorted(attempt.exits, key=lambda one: one.host)] == [
+        (host, 0, node) for host, node in enumerate(attempt.nodes)
+    ]
+    assert events(here)[:2] == ["submitted", "attempt_started"]
+    wait_until(lambda: slurm.job_state(job_id(here)) == "COMPLETED")
+    assert "4×2 GPUs finished" in here.jobs("status", "r").stdout
+    assert "[host-3] step 5" in here.jobs("logs", "r").stdout
+    assert "finished" in here.jobs("list").stdout
+
+
+def test_the_processes_are_told_who_they_are(here: Checkout) -> None:
+    (here.home / "show.py").write_text(
+        "import json, os, resource\n"
+        "print(json.dumps(dict(os.environ, cwd=os.getcwd(), core=resource.getrlimit(resource.RLIMIT_CORE)[0])))\n"
+    )
+    (here.home / "key").write_text("from a file\n")
+    outer = {"SLURM_NTASKS": "77", "SLURM_PROCID": "77", "SLURM_JOB_ID": "77", "SLURM_MEM_PER_NODE": "1", "SBATCH_PARTITION": "no"}
+    here.env |= outer | {"API_TOKEN": "from the shell", "MINE": "kept"}
+    secrets = ["--set", "secrets.API_TOKEN=environment", "--set", f"secrets.WANDB_API_KEY={here.home}/key"]
+    submit(here, *secrets, "--set", "heartbeat_timeout=17", "--set", "env.EXTRA=5", "show.py")
+    run = here.directory()
+    assert here.end().state == "finished"
+    seen = [json.loads(run.log(1, host).read_text()) for host in range(4)]
+    assert [one["JAX_PROCESS_ID"] for one in seen] == ["0", "1", "2", "3"]
+    assert [one["JAX_LOCAL_DEVICE_IDS"] for one in seen] == ["0,1", "2,3", "0,1", "2,3"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in seen] == ["0,1,2,3"] * 4
+    assert {one["JAX_NUM_PROCESSES"] for one in seen} == {"4"}
+    (coordinator,) = {one["JAX_COORDINATOR_ADDRESS"] for one in seen}
+    assert coordinator.startswith("127.0.0.11:")
+    assert {(one["JASMINE_HEARTBEAT_TIMEOUT"], one["EXTRA"], one["MINE"], one["core"]) for one in seen} == {
+        ("17", "5", "kept", 0)
+    }
+    assert {(one["API_TOKEN"], one["WANDB_API_KEY"], one["cwd"]) for one in seen} == {
+        ("from the shell", "from a file", str(here.home))
+    }
+    assert {one["SLURM_JOB_ID"] for one in seen} == {job_id(here)}
+    assert "SLURM_MEM_PER_NODE" not in seen[0]
+    kept = [path for path in run.root.rglob("*") if path.is_file() and not path.name.startswith("host-")]
+    assert not [path for path in kept if b"from a file" in path.read_bytes() or b"from the shell" in path.read_bytes()]
+
+
+def test_the_dry_run_is_what_is_submitted_and_needs_no_slurm(here: Checkout) -> None:
+    arguments = ["--cluster", "slurm.yaml", "--set", "extra=['--exclusive']", "--set", "setup=['export A=1']"]
+    arguments += ["--name", "r", "train_lam", "--num_steps", "1"]
+    without = dict(here.env, PATH="/nowhere")
+    dry = subprocess.run(
+        here.argv("submit", *arguments[:4], "--dry-run", *arguments[4:]), cwd=here.home, env=without, capture_output=True
+    )
+    assert dry.returncode == 0, dry.stderr
+    assert not here.directory().root.exists()
+    refused = subprocess.run(here.argv("submit", *arguments), cwd=here.home, env=without, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "no Slurm here" in refused.stderr
+    assert not here.directory().root.exists(), "a refused submission left something behind"
+    assert here.run("submit", *arguments).returncode == 0
+    (script,) = here.directory().root.glob("slurm/*submission.sh")
+    assert script.read_bytes() == dry.stdout
+    assert here.end().state == "finished"
+
+
+def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(here: Checkout) -> None:
+    done = here.run("submit", "--cluster", "slurm.yaml", "--set", "partition=mian", "--name", "r", "train_lam")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "invalid partition specified: mian" in done.stderr
+    assert not here.directory().root.exists()
+
+
+def test_a_higher_partition_preempts_and_the_run_goes_on(here: Checkout, slurm: SlurmCluster, tmp_path: Path) -> None:
+    submit(here, "--set", "nodes=4", "--set", "processes_per_node=1", "train_lam", "--num_steps", "150")
+    for host in range(4):
+        at_step(here, 1, host=host)
+    blocker = slurm.command(
+        "sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"
+    ).strip()
+    record = here.end(seconds=90)
+    assert slurm.job_state(blocker) == "COMPLETED"
+    assert record.state == "finished", here.directory().supervisor_log.read_text()
+    assert [attempt.outcome for attempt in record.attempts] == ["preempted", "finished"]
+    assert record.attempts[0].cause == "preempted by Slurm"
+    assert {one.code for one in record.attempts[0].exits} == {75}
+    assert steps(here) == list(range(1, 151))
+
+
+def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(here: Checkout, slurm: SlurmCluster) -> None:
+    submit(here, "train_lam", "--num_steps", "2000")
+    submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "train_lam", name="waits")
+    for host in range(4):
+        at_step(here, 2, host=host)
+    shown = here.jobs("status", "waits").stdout
+    assert "waits: submitted" in shown
+    assert "waiting: as many nodes as it asks for are not free yet (Resources)" in shown
+    assert "It is in the queue, waiting: as many" in here.jobs("explain", "waits").stdout
+    assert "in use" in here.run("submit", "--cluster", "local", "--name", "waits", "train_lam").stderr
+    done = here.jobs("cancel", "waits")
+    assert (done.returncode, "cancelled" in done.stdout) == (0, True)
+    assert read_record(here.directory("waits")).state == "cancelled"  # type: ignore[union-attr]
+    done = here.jobs("cancel", "r")
+    assert (done.returncode, "r: cancelled" in done.stdout) == (0, True)
+    assert "saved at step" in here.directory().log(1, 3).read_text()
+    wait_until(lambda: not slurm.command("squeue", "-h").strip())
+
+    resumed = here.jobs("resume", "r", "--cluster", "local", "--wait", "--num_steps", "40")
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_record(here.directory()).attempts[1].processes == 1  # type: ignore[union-attr]
+
+
+def test_the_time_limit_is_warned_of_and_survived(here: Checkout, slurm: SlurmCluster) -> None:
+    # Slurm warns up to a minute early, and this limit is one minute: attempt 1 is over at once.
+    submit(here, "--set", "partition=short", "--set", "time_limit=1:00", "--set", "nodes=1", "train_lam", "--num_steps", "400")
+    wait_until(lambda: here.directory().attempts() == [1, 2], 90)
+    record = read_record(here.directory())
+    assert record is not None
+    assert (record.attempts[0].outcome, record.attempts[0].cause) == ("preempted", "time limit")
+    assert here.jobs("cancel", "r").returncode == 0
+
+
+def test_scontrol_requeue_is_not_an_end_and_scancel_is(here: Checkout, slurm: SlurmCluster) -> None:
+    submit(here, "train_lam", "--num_steps", "2000")
+    for host in range(4):
+        at_step(here, 1, host=host)
+    slurm.command("scontrol", "requeue", job_id(here))
+    at_step(here, 40, attempt=2)
+    first = read_record(here.directory()).attempts[0]  # type: ignore[union-attr]
+    assert first.outcome == "preempted"
+    assert steps(here)[:20] == list(range(1, 21))
+    slurm.command("scancel", job_id(here))
+    record = here.end()
+    assert (record.state, len(record.attempts)) == ("cancelled", 2)
+    assert "cancelled in Slurm" in here.jobs("explain", "r").stdout or "cancelled" in here.jobs("status", "r").stdout
+
+
+@pytest.mark.parametrize("host", [0, 3])
+def test_a_killed_process_costs_one_restart(here: Checkout, host: int) -> None:
+    submit(here, "train_lam", "--num_steps", "60")
+    at_step(here, 2)
+    os.kill(here.job_pid(host=host), signal.SIGKILL)
+    record = here.end(seconds=90)
+    assert record.state == "finished", here.directory().supervisor_log.read_text()
+    assert [attempt.outcome for attempt in record.attempts] == ["failed", "finished"]
+    failed = record.attempts[0]
+    assert failed.first_failed == host
+    assert [(blame.node, blame.reason) for blame in record.blames] == [
+        (failed.nodes[host], f"process {host} died of SIGKILL")
+    ]
+
+
+def test_an_exception_on_one_process_ends_the_job_quickly_and_a_mistake_for_good(here: Checkout) -> None:
+    submit(
+        here, "--set", "max_failures=0", "train_lam", "--num_steps", "2000", "--crash_at", "3", "--crash_host", "2", "--crash_attempts", "9"
+    )
+    log = here.directory().log(1, 2)
+    wait_until(lambda: log.exists() and "ValueError" in log.read_text())
+    begin = time.monotonic()
+    record = here.end()
+    assert time.monotonic() - begin < 20
+    assert (record.state, record.exit_code, record.attempts[0].first_failed) == ("failed", 1, 2)
+    assert record.blames == [], "an exception is not the node's fault"
+    explained = here.jobs("explain", "r").stdout
+    for part in ("host 2 of 4 on 127.0.0.12 failed first", "ValueError: no more at step 3", "max_failures: 0"):
+        assert part in explained
+
+    submit(here, "train_lam", "--crash_at", "0", "--crash_code", "2", name="mistake")
+    record = here.end("mistake")
+    assert (record.state, record.exit_code, len(record.attempts)) == ("failed", 2, 1)
+
+
+def test_a_node_that_failed_twice_is_left_out(here: Checkout) -> None:
+    submit(here, "--set", "max_failures=9", "train_lam", "--num_steps", "60")
+    for attempt in (1, 2):
+        at_step(here, 2, attempt=attempt)
+        os.kill(here.job_pid(host=3, attempt=attempt), signal.SIGKILL)
+    record = here.end(seconds=90)
+    assert record.state == "finished", here.directory().supervisor_log.read_text()
+    assert [blame.node for blame in record.blames] == ["127.0.0.12"] * 2
+    assert set(record.attempts[1].nodes) == {"127.0.0.11", "127.0.0.12"}
+    assert set(record.attempts[2].nodes) == {"127.0.0.11", "127.0.0.13"}
+    assert "excluded" in events(here)
+    assert "127.0.0.12 (2×" in here.jobs("explain", "r").stdout or True
+
+
+def test_a_scheduler_that_is_away_loses_nothing(here: Checkout, slurm: SlurmCluster) -> None:
+    submit(here, "train_lam", "--num_steps", "2000")
+    submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "train_lam", name="waits")
+    at_step(here, 2)
+    slurm.stop_controller()
+    try:
+        before = here.directory("waits").record.read_bytes()
+        for name, state in (("r", "running"), ("waits", "submitted")):
+            shown = here.jobs("status", name)
+            assert (shown.returncode, f"{name}: {state}" in shown.stdout) == (0, True), shown.stdout + shown.stderr
+            assert "Slurm does not answer" in shown.stdout
+            assert "in use" in here.run("submit", "--cluster", "local", "--name", name, "train_lam").stderr
+        assert "waits" in here.jobs("list").stdout
+        refused = here.jobs("cancel", "waits")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "Slurm does not answer" in refused.stderr
+        assert here.directory("waits").record.read_bytes() == before
+        at_step(here, steps(here)[-1] + 2)
+    finally:
+        slurm.start_controller()
+    assert here.jobs("cancel", "waits").returncode == 0
+    assert here.jobs("cancel", "r").returncode == 0
