@@ -16,6 +16,26 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from launch.errors import UserError, did_you_mean
 
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 12:00:00 is text, as in YAML 1.2; by the rules of 1.1 it would be the number 43200."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0o?[0-7_]+|0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTER_DIR = REPOSITORY / "cluster_configs"
 
@@ -87,9 +107,13 @@ def _slurm_options(lines: list[str]) -> list[str]:
     return lines
 
 
+def _minutes_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _a_duration(text: str) -> str:
     if not _SLURM_TIME.fullmatch(text):
-        raise ValueError(f"{text!r} is no time as sbatch takes it, such as '90' (minutes), '12:00:00' or '2-00:00:00'")
+        raise ValueError(f"{text!r} is no time as sbatch takes it, such as 90 (minutes), 12:00:00 or 2-00:00:00")
     return text
 
 
@@ -128,8 +152,8 @@ class SlurmCluster(Cluster):
         1, description="a whole number, at least 1, or 'gpu' for one process for each GPU"
     )
     memory: _Text | None = Field(None, description="text such as '500G', or '0' for all of a node's")
-    time_limit: Annotated[str, AfterValidator(_a_duration)] | None = Field(
-        None, description="text in quotes, such as '12:00:00' or '2-00:00:00'"
+    time_limit: Annotated[str, BeforeValidator(_minutes_as_text), AfterValidator(_a_duration)] | None = Field(
+        None, description="a time as sbatch takes it: 90 (minutes), 12:00:00 or 2-00:00:00"
     )
     constraint: _Text | None = Field(None, description="features that nodes must have (text)")
     reservation: _Text | None = Field(None, description="a reservation's name (text)")
@@ -148,6 +172,10 @@ class SlurmCluster(Cluster):
     )
     init_timeout: int = Field(600, ge=1, description="a whole number of seconds, at least 1")
     heartbeat_timeout: int = Field(60, ge=1, description="a whole number of seconds, at least 1")
+    preflight_seconds: int = Field(300, ge=0, description="a whole number of seconds, or 0 for no preflight")
+    hang_timeout: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="a whole number of seconds without a step, or 'auto' for ten steps and at least 120 s"
+    )
     exclude_hours: float = Field(24.0, ge=0, description="a number of hours, 0 or more")
 
     @model_validator(mode="after")
@@ -232,8 +260,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return a YAML file's top-level values, and the line (from 1) of each of its keys."""
     try:
         text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from error
@@ -260,7 +288,7 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callabl
         if not equals or not key:
             raise UserError(f"--set {override}: expected KEY=VALUE, as in --set processes=2")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise UserError(f"--set {override}: the value is not valid YAML; quote it") from error
         first, dot, rest = key.partition(".")

@@ -128,7 +128,11 @@ def make_plan(
         env |= {
             "JASMINE_INIT_TIMEOUT": str(settings.init_timeout),
             "JASMINE_HEARTBEAT_TIMEOUT": str(settings.heartbeat_timeout),
+            "JASMINE_PREFLIGHT": str(settings.preflight_seconds),
         }
+        if settings.gpus_per_node:
+            env["JASMINE_LOCAL_DEVICES"] = str(settings.gpus_per_node // settings.processes_on_a_node)
+        env |= settings.env
         on_a_node = settings.processes_on_a_node
         hosts = _hosts(settings.nodes * on_a_node, FIRST_NODE, settings.gpus_per_node // on_a_node, on_a_node)
     python = str(expand_path(settings.python, "python", cwd)) if settings.python else sys.executable

@@ -45,11 +45,15 @@ class HostExit(_Stored):
 
 
 class Blame(_Stored):
-    """A machine at which an attempt failed; `node` as the cluster calls it, `reason` one line."""
+    """A machine at which an attempt failed; `node` as the cluster calls it, `reason` one line.
+
+    `certain` is set where the machine itself was tested and found wrong.
+    """
 
     node: str
     reason: str
     time: float
+    certain: bool = False
 
 
 class Attempt(_Stored):

@@ -5,6 +5,8 @@
         code/<hash>/                 the code that each submission runs
         attempts/<k>/host-<i>.log    all that process i printed in attempt k
         attempts/<k>/host-<i>.exit.json, host-<i>.pid
+        attempts/<k>/host-<i>.beat.json, host-<i>.stacks    written by the job: how far it is, where it hangs
+        attempts/<k>/blame.json      written by the job: the process at which its preflight failed
         attempts/<k>/ask-<what>      present: every worker of the attempt is asked to do that (`ASKS`)
         events.jsonl                 one JSON object a line, appended by launcher and job
         supervisor.log               the launcher's own output
@@ -30,8 +32,9 @@ from typing import Any
 
 from launch.errors import UserError
 
-# What workers do when they find `ask-<what>`: pass on SIGTERM (save and leave), or kill their job.
-ASKS = ("leave", "kill")
+# What workers do when they find `ask-<what>`: pass on SIGTERM (save and leave), have the job write the stacks of its
+# threads, or kill it.
+ASKS = ("leave", "stacks", "kill")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,25 @@ class RunDir:
     def pid_file(self, attempt: int, host: int) -> Path:
         """The process id of one job process on its host; it leads a process group of its own."""
         return self.attempt(attempt) / f"host-{host}.pid"
+
+    def stacks(self, attempt: int, host: int) -> Path:
+        """Where one process writes the stacks of its threads; it exists from when it can."""
+        return self.attempt(attempt) / f"host-{host}.stacks"
+
+    def beat(self, attempt: int, host: int) -> dict[str, Any] | None:
+        """How far one process is: `time`, `step` and what it is `doing`; None while it has not said."""
+        try:
+            beat = json.loads((self.attempt(attempt) / f"host-{host}.beat.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return beat if isinstance(beat, dict) else None
+
+    def blame(self, attempt: int) -> dict[str, Any] | None:
+        """The `host`, its `node` and the `reason` for which an attempt's preflight failed."""
+        try:
+            return json.loads((self.attempt(attempt) / "blame.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     @property
     def slurm_job(self) -> Path:

@@ -83,7 +83,7 @@ def main() -> int:
             code = 2  # as for any other mistake of the user: a restart would not mend it
         else:
             write_atomically(run.pid_file(attempt, options.host), f"{job.pid}\n")
-            look = _Look(run, attempt, job.pid)
+            look = _Look(run, attempt, options.host, job.pid, forwarded)
             code = _watch(job, look, options.parent_pid, options.grace_seconds, forwarded)
     died_of = signal.Signals(-code).name if code < 0 else None
     code = 128 - code if code < 0 else code
@@ -97,10 +97,23 @@ def main() -> int:
 class _Look:
     """What the run directory says that a worker must do, looked at once in a while."""
 
-    def __init__(self, run: RunDir, attempt: int, job: int) -> None:
-        self.run, self.attempt, self.job = run, attempt, job
+    def __init__(self, run: RunDir, attempt: int, host: int, job: int, forwarded: list[str]) -> None:
+        self.run, self.attempt, self.host, self.job = run, attempt, host, job
+        self.forwarded = forwarded
         self.next = 0.0
         self.asked_to_leave = False
+        self.asked_for_stacks = False
+
+    def _get_stacks(self) -> None:
+        """Have the job write where its threads are, if it has said that it can; SIGQUIT would end it otherwise."""
+        stacks = self.run.stacks(self.attempt, self.host)
+        if not stacks.exists():
+            return
+        state = Path(f"/proc/{self.job}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "T":  # it cannot answer
+            with stacks.open("a") as file:
+                file.write(f"process {self.job} is stopped (SIGSTOP)\n")
+        os.kill(self.job, signal.SIGQUIT)
 
     def __call__(self) -> bool:
         """Kill the job where it must not live; return whether it is asked, for the first time, to save and leave."""
@@ -109,7 +122,11 @@ class _Look:
         self.next = time.monotonic() + LOOK_SECONDS
         with contextlib.suppress(OSError):  # storage that is away for a moment says nothing
             if self.run.newest_attempt() > self.attempt or self.run.ask_file(self.attempt, "kill").exists():
+                self.forwarded.append(signal.SIGKILL.name)
                 end_group(self.job)
+            elif not self.asked_for_stacks and self.run.ask_file(self.attempt, "stacks").exists():
+                self.asked_for_stacks = True
+                self._get_stacks()
             elif not self.asked_to_leave and self.run.ask_file(self.attempt, "leave").exists():
                 self.asked_to_leave = True
                 return True

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jasmine.errors import UserError
+from jasmine.training import run_files
 from jasmine.training.config import TrainConfig
 from jasmine.training.state import TrainState
 
@@ -76,6 +77,7 @@ class Checkpointer:
         Raises:
             UserError: several saves in a row failed.
         """
+        run_files.leave_if_replaced(self.directory.parent)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
         try:
             self._manager.wait_until_finished()

@@ -29,10 +29,12 @@ from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.config import TrainConfig
 from jasmine.training.data_feed import DataFeed
 from jasmine.training.flops import peak_flops, step_flops
+from jasmine.training.heartbeat import Heartbeat
 from jasmine.training.mesh import check_batch, make_mesh
 from jasmine.training.metrics import MetricsLog
 from jasmine.training.optimizer import make_optimizer
 from jasmine.training.preemption import StopSignal
+from jasmine.training.preflight import preflight
 from jasmine.training.runs import TrainedRun, frozen_parts, pin
 from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, TrainState, abstract_state, initial_state
@@ -70,8 +72,13 @@ def train(
     task = make_task(config, DataInfo.of(dataset), frozen_parts(config, run_dir))
     task.check()
 
+    heartbeat = Heartbeat(run_dir)
+    heartbeat.doing("joining")
     distributed.initialize()
     stop_signal.start()
+    heartbeat.doing("preflight")
+    preflight(run_dir)
+    heartbeat.doing("restoring")
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, mesh, config.grad_accumulation_steps)
     lock = run_files.prepare(run_dir)
@@ -81,12 +88,13 @@ def train(
         f"data {config.data_dir}: {len(dataset.lengths):,} episodes, {dataset.num_frames:,} frames of "
         f"{'×'.join(map(str, dataset.frame_shape))}{', as tokens' if isinstance(dataset, TokenDataset) else ''}"
     )
-    run = _Run(task, config, job, run_dir, mesh, dataset, val_dataset, stop_signal)
+    run = _Run(task, config, job, run_dir, mesh, dataset, val_dataset, stop_signal, heartbeat)
     # Not closed after an error: its message must come out at once, and closing waits for sinks, saves and peers.
     run.restore_or_begin()
     saved_by_signal = run.steps()
     run.close()
     stop_signal.close()
+    heartbeat.close()
     lock.close()
     if saved_by_signal:
         sys.exit(EXIT_SAVED)
@@ -120,7 +128,9 @@ class _Run:
         dataset: Episodes | TokenDataset,
         val_dataset: Episodes | TokenDataset | None,
         stop_signal: StopSignal,
+        heartbeat: Heartbeat,
     ):
+        self.heartbeat = heartbeat
         self.task, self.config, self.job, self.run_dir, self.mesh = task, config, job, run_dir, mesh
         self.dataset, self.val_dataset, self.stop_signal = dataset, val_dataset, stop_signal
         self.rules = ShardingRules()
@@ -214,10 +224,12 @@ class _Run:
                     return True
                 batch = feed.get(timeout=1.0)
             if self.compiled is None:
+                self.heartbeat.doing("compiling")
                 self._compile(batch)
                 if jax.process_count() > 1:  # else the first step's time is what the slowest process took to compile
                     multihost_utils.sync_global_devices("compiled")
                 since_time, since_wait = time.perf_counter(), feed.waited_seconds
+                self.heartbeat.doing("stepping")
             if profile and profile[0] <= self.step < profile[1] and not self.tracing:
                 # Without Python's frames: their hook kills threads that start meanwhile, such as those of a save.
                 profiler = jax.profiler.ProfileOptions()
@@ -228,6 +240,7 @@ class _Run:
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self.compiled(self.state, self.frozen, batch)
             self.step += 1
+            self.heartbeat.step = self.step
             in_flight.append(metrics["loss"])
             if len(in_flight) > STEPS_AHEAD:
                 jax.block_until_ready(in_flight.popleft())
@@ -247,12 +260,15 @@ class _Run:
                 steps = self.step - since_step
                 values |= self._speed((now - since_time) / steps, (feed.waited_seconds - since_wait) / steps)
                 if evaluates:
+                    self.heartbeat.doing("evaluating")
                     values |= self._evaluate()
+                    self.heartbeat.doing("stepping")
                 log.write(self.step, values)
                 self.checkpoints.poll()
                 since_step, since_time, since_wait = self.step, time.perf_counter(), feed.waited_seconds
             if self.step % config.log_checkpoint_interval == 0 or self.step == last:
                 since_time += self._save()  # a save's time is in its event; here it would look like a slow step
+        self.heartbeat.doing("saving")
         if not self.checkpoints.wait() or self.step not in self.checkpoints.steps():
             raise UserError(f"finished step {self.step}, but {self.checkpoints.problem}")
         self._event("finished", step=self.step)
@@ -301,6 +317,7 @@ class _Run:
     def _save(self) -> float:
         """Begins a save; returns the seconds that training stood still for it."""
         begin = time.perf_counter()
+        self.heartbeat.doing("saving")
         meta = {
             "step": self.step,
             "job": self.job,
@@ -312,6 +329,7 @@ class _Run:
         }
         # Metrics of this step are on disk already: a run resumed from here has no gap in its curve.
         begun = self.checkpoints.save(self.step, self.state, meta)
+        self.heartbeat.doing("stepping")
         blocked = time.perf_counter() - begin
         self._event("checkpoint", step=self.step, begun=begun, blocked_seconds=blocked)
         return blocked
@@ -321,6 +339,7 @@ class _Run:
         _say(f"{signal_name}: saving at step {self.step} and leaving")
         self._event("signalled", step=self.step, signal=signal_name)
         self._save()
+        self.heartbeat.doing("saving")
         if not self.checkpoints.wait():
             raise UserError(f"{signal_name} at step {self.step}, but {self.checkpoints.problem}")
         self._event("saved", step=self.step)

@@ -14,20 +14,40 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from jasmine.errors import UserError
+from jasmine.errors import EXIT_FAILED, UserError
 from jasmine.training.config import TrainConfig
+
+# What a process that was replaced gets to notice it.
+REPLACED_SECONDS = 60
 
 
 def attempt() -> int:
     """Which attempt of the run this is, by the launcher (`JASMINE_ATTEMPT`); 1 without one."""
     return int(os.environ.get("JASMINE_ATTEMPT", "1"))
+
+
+def leave_if_replaced(run_dir: epath.Path) -> None:
+    """Ends this process at once if a newer attempt of the run has begun, which the launcher notes in `attempt`.
+
+    After a network partition the processes of the old attempt live on; this keeps what they write out of the new one's
+    files. Without a launcher there are no attempts, and nothing to check.
+    """
+    if "JASMINE_ATTEMPT" not in os.environ:
+        return
+    try:
+        newest = int((run_dir / "attempt").read_text())
+    except (OSError, ValueError):
+        return
+    if newest > attempt():
+        print(f"error: attempt {newest} of this run has begun; attempt {attempt()} leaves", flush=True)
+        os._exit(EXIT_FAILED)
 
 
 def run_directory(config: TrainConfig) -> epath.Path:
@@ -59,7 +79,7 @@ def prepare(run_dir: epath.Path) -> contextlib.ExitStack:
         probe.unlink()
         if jax.process_index() == 0 and "://" not in str(run_dir):
             file = held.enter_context((run_dir / ".training.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
     except BlockingIOError as error:
         raise UserError(
             f"another job is training in {run_dir}; wait for it, stop it, or name another folder"
@@ -69,6 +89,19 @@ def prepare(run_dir: epath.Path) -> contextlib.ExitStack:
             return held
         raise UserError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from error
     return held
+
+
+def _lock(file: IO[str]) -> None:
+    # Under the launcher only a process of the attempt before can hold it, which is about to find itself replaced.
+    deadline = time.monotonic() + (REPLACED_SECONDS if "JASMINE_ATTEMPT" in os.environ else 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
@@ -97,6 +130,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, default=_plain, allow_nan=True) + "\n"
+        leave_if_replaced(self.path.parent)
         try:
             with self.path.open("ab") as file:
                 file.write(line.encode())
@@ -137,6 +171,7 @@ def rewind_metrics(run_dir: epath.Path, step: int) -> None:
 
     They move to `metrics.superseded.jsonl`, so that each step stands once in the one file and nothing is lost.
     """
+    leave_if_replaced(run_dir)
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return

@@ -27,7 +27,7 @@ from launch.plan import Plan, scrubbed
 from launch.record import RunRecord, State
 from launch.run_dir import RunDir, write_atomically
 
-QUERY_SECONDS = 15
+QUERY_SECONDS = 10
 
 # What becomes of a run whose job has ended in a way that its supervisor could not write down.
 _ENDED: dict[str, tuple[State, str]] = {

@@ -36,7 +36,8 @@ from launch.outcome import Ask, exit_code, kind, outcome
 from launch.outcome import ending as ending_after
 from launch.plan import Plan, identity, scrubbed
 from launch.record import Attempt, Blame, HostExit, RunRecord, State, Supervisor, read_record, write_record
-from launch.run_dir import RunDir, write_atomically
+from launch.run_dir import RunDir, last_json_lines, write_atomically
+from launch.watchdog import Hang, Watchdog
 from launch.worker import EXIT_SAVED, LEAVE_SIGNALS
 
 POLL_SECONDS = 0.5
@@ -44,6 +45,9 @@ LOCK_SECONDS = 30.0
 # For as long as the controller is away, for example restarted, a requeue is asked for again and again.
 REQUEUE_SECONDS = 3600.0
 BLAMES_TO_EXCLUDE = 2
+# How often the beats are looked at, and how long stacks are waited for.
+LOOK_SECONDS = 2.0
+STACKS_SECONDS = 4.0
 
 
 def main() -> int:
@@ -126,7 +130,7 @@ class _Supervisor:
         size = self._metrics_size()
         self._see_to_the_end(attempt, self._start(attempt, nodes))
         attempt.ended = time.time()
-        attempt.outcome = outcome(attempt.exits)
+        attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
         if attempt.outcome == "preempted":
             attempt.cause = attempt.cause or self._why_warned()
             self.run.append_event("preempted", attempt=number, cause=attempt.cause)
@@ -190,12 +194,19 @@ class _Supervisor:
     def _see_to_the_end(self, attempt: Attempt, srun: "subprocess.Popen[bytes]") -> None:
         """Collect exits until srun is gone; end what does not end by itself."""
         waiting = {host.index for host in self.plan.hosts}
+        watchdog = Watchdog(self.settings.hang_timeout)
+        look_at = 0.0
         kill_at: float | None = None
         told = False
         while srun.poll() is None:
             self._wait_for_a_signal()
             ended = self._collect(attempt, waiting)
             now = time.monotonic()
+            if kill_at is None and now > look_at:
+                look_at = now + LOOK_SECONDS
+                if hang := self._hangs(attempt, watchdog):
+                    self._give_up(attempt, hang, waiting)
+                    break
             if self.asked and not told:
                 told, kill_at = True, now + self.settings.grace_seconds
                 self.run.append_event("signalled", attempt=attempt.number, signal="SIGTERM", why=self.asked)
@@ -218,6 +229,28 @@ class _Supervisor:
             srun.wait()
         self._collect(attempt, waiting)
         self._missing(attempt, waiting)
+
+    def _hangs(self, attempt: Attempt, watchdog: Watchdog) -> Hang | None:
+        beats = {host.index: self.run.beat(attempt.number, host.index) for host in self.plan.hosts}
+        times = [line.get("step_time") for line in last_json_lines(self.run.metrics, 20)]
+        known = {host: beat for host, beat in beats.items() if beat is not None}
+        return watchdog.look(known, time.time(), [one for one in times if isinstance(one, float)])
+
+    def _give_up(self, attempt: Attempt, hang: Hang, waiting: set[int]) -> None:
+        """End an attempt that hangs, after its processes have written where they are."""
+        node = attempt.nodes[hang.host] if hang.host is not None else None
+        attempt.outcome, attempt.cause = "failed", hang.reason + (f", on {node}" if node else "")
+        attempt.first_failed = hang.host if hang.host is not None else min(waiting)
+        self.run.append_event("hang", attempt=attempt.number, host=hang.host, node=node, reason=hang.reason)
+        if node is not None:
+            self.record.blames.append(Blame(node=node, reason=hang.reason, time=time.time()))
+            self.run.append_event("blamed", attempt=attempt.number, node=node, reason=hang.reason)
+        self.run.ask_file(attempt.number, "stacks").touch()
+        time.sleep(STACKS_SECONDS)
+        self.run.ask_file(attempt.number, "kill").touch()
+        deadline = time.monotonic() + 10
+        while self._collect(attempt, waiting) or (waiting and time.monotonic() < deadline):
+            time.sleep(0.1)
 
     def _collect(self, attempt: Attempt, waiting: set[int]) -> bool:
         """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
@@ -319,18 +352,26 @@ class _Supervisor:
     def _blame(self, attempt: Attempt) -> None:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
         with an exception is not."""
+        if blamed := self.run.blame(attempt.number):
+            node, attempt.cause = blamed.get("node"), blamed.get("reason")
+            if node in attempt.nodes:
+                self.record.blames.append(Blame(node=node, reason=attempt.cause, time=time.time(), certain=True))
+                self.run.append_event("blamed", attempt=attempt.number, node=node, reason=attempt.cause)
+            return
         first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
-        if first is None or first.node is None or first.signal is None:
+        if first is None or first.node is None or first.signal is None or first.signal in first.forwarded:
             return
         reason = attempt.cause or f"process {first.host} died of {first.signal}"
         self.record.blames.append(Blame(node=first.node, reason=reason, time=time.time()))
         self.run.append_event("blamed", attempt=attempt.number, node=first.node, reason=reason)
 
     def _excluded(self) -> list[str]:
-        """Return the nodes that were blamed twice within the time for which an exclusion holds."""
+        """Return the nodes that were blamed for certain, or twice, within the time for which an exclusion holds."""
         since = time.time() - self.settings.exclude_hours * 3600
-        recent = [blame.node for blame in self.record.blames if blame.time > since]
-        return sorted({node for node in recent if recent.count(node) >= BLAMES_TO_EXCLUDE})
+        recent = [blame for blame in self.record.blames if blame.time > since]
+        names = [blame.node for blame in recent]
+        certain = {blame.node for blame in recent if blame.certain}
+        return sorted(certain | {node for node in names if names.count(node) >= BLAMES_TO_EXCLUDE})
 
     def _settle_earlier_attempt(self) -> None:
         """Give an attempt whose supervisor was killed an outcome: Slurm ran the job again by itself."""

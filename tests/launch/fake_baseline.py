@@ -4,6 +4,7 @@ Its "checkpoint" is a file with the number of finished steps; its "agreement" to
 """
 
 import dataclasses
+import faulthandler
 import json
 import os
 import signal
@@ -25,8 +26,17 @@ class Config(TrainConfig):
     crash_code: int = 1
     crash_attempts: int = 1
     hang_at: int = -1
+    hang_host: int = -1
+    hang_attempts: int = 99
     deaf: bool = False
     leave_child: bool = False
+
+
+def beat(run: Path, attempt: int, host: int, step: int) -> None:
+    """Say how far this process is, as every training process does."""
+    path = run / "attempts" / str(attempt) / f"host-{host}.beat.json"
+    path.with_suffix(".new").write_text(json.dumps({"time": time.time(), "step": step, "doing": "stepping"}))
+    path.with_suffix(".new").rename(path)
 
 
 def main() -> int:
@@ -44,12 +54,16 @@ def main() -> int:
     if config.leave_child:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (run / "child.pid").write_text(str(child.pid))
+    faulthandler.register(signal.SIGQUIT, file=(run / "attempts" / str(attempt) / f"host-{host}.stacks").open("w"))
     while step < config.num_steps:
         if step == config.crash_at and host == config.crash_host and attempt <= config.crash_attempts:
             if config.crash_code == 1:
                 raise ValueError(f"no more at step {step}")
             os._exit(config.crash_code)
-        while step == config.hang_at:
+        # The others run a step ahead of one that is stuck, as far as a collective lets them.
+        stuck_at = config.hang_at + (config.hang_host not in (-1, host))
+        while step == stuck_at and config.hang_at >= 0 and attempt <= config.hang_attempts:
+            beat(run, attempt, host, step)
             time.sleep(0.2)
         time.sleep(config.step_seconds)
         step += 1
@@ -58,6 +72,7 @@ def main() -> int:
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         print(f"step {step}", flush=True)
+        beat(run, attempt, host, step)
         if leave.exists():
             checkpoint.write_text(str(step))
             print(f"saved at step {step}", flush=True)

@@ -1,0 +1,135 @@
+"""Real training on a real Slurm cluster: several jax processes on several nodes, stopped and moved in every way."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.run_dir import RunDir
+from launch.standing import Watch, read_standing
+from tests import jobs
+from tests.clusters.slurm import SlurmCluster
+from tests.jobs import REPO, TINY
+from tests.launch.checkouts import wait_until
+from tests.launch.test_slurm import end_all_jobs
+
+pytestmark = pytest.mark.slow
+
+CLUSTER = """\
+backend: slurm
+nodes: 2
+processes_per_node: 2
+cpus_per_node: 4
+time_limit: 10
+grace_seconds: 30
+heartbeat_timeout: 20
+env: {JAX_PLATFORMS: cpu, JAX_NUM_CPU_DEVICES: 1, XLA_FLAGS: --xla_backend_optimization_level=0}
+"""
+
+
+class Login:
+    """A shell on the login node, in a directory whose name is hostile to quoting."""
+
+    def __init__(self, home: Path, data: Path, slurm: SlurmCluster) -> None:
+        self.home, self.data, self.slurm = home, data, slurm
+        (home / "slurm.yaml").write_text(CLUSTER)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "XLA_"))} | slurm.env
+        self.env["JASMINE_STORAGE"] = str(home / "ru'ns")
+
+    def command(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(REPO / "launch" / f"{arguments[0]}.py"), *arguments[1:]],
+            cwd=self.home, env=self.env, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def submit(self, *arguments: str, name: str = "r") -> RunDir:
+        launcher, job = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+        options = [*TINY, "--data_dir", str(self.data), *job]
+        cluster = [] if "--cluster" in launcher else ["--cluster", "slurm.yaml"]
+        self.command("submit", *cluster, "--name", name, *launcher, "train_tokenizer_vqvae", *options)
+        return RunDir(self.home / "ru'ns" / name)
+
+    def at_step(self, run: RunDir, step: int) -> None:
+        wait_until(lambda: run.metrics.exists() and f'"step": {step},' in run.metrics.read_text(), 90)
+
+    def end(self, run: RunDir, seconds: float = 150) -> object:
+        lives = Watch(run, seconds=0.5)
+        wait_until(lambda: not lives(), seconds)
+        record = read_standing(run).record
+        logs = "\n".join(path.read_text()[-1500:] for path in run.root.glob("attempts/*/*.log"))
+        assert record.state == "finished", f"{record.state} {record.reason}\n{run.supervisor_log.read_text()}\n{logs}"
+        return record
+
+
+@pytest.fixture
+def login(tmp_path: Path, tiny_data: Path, slurm: SlurmCluster) -> Iterator[Login]:
+    home = tmp_path / 'it\'s "here"'
+    home.mkdir()
+    os.environ |= slurm.env  # `launch.standing` asks Slurm from this process
+    yield Login(home, tiny_data, slurm)
+    end_all_jobs(slurm)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], env=jobs.QUICK_COMPILE)
+    return run_dir
+
+
+def test_preempted_two_by_two_is_as_if_never_stopped(login: Login, uninterrupted: Path) -> None:
+    run = login.submit("--set", "nodes=2", "--set", "extra=['--exclusive']", "--", "--num_steps", "40")
+    login.at_step(run, 3)
+    login.slurm.command("sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    login.end(run)
+    assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
+    losses, expected = jobs.metrics(run.root, "loss"), jobs.metrics(uninterrupted, "loss")
+    assert losses == pytest.approx(expected, rel=1e-4)
+    (passed, again) = jobs.events(run.root, "preflight")
+    assert (passed["processes"], again["attempt"]) == (4, 2)
+    assert jobs.events(run.root, "saved")
+
+
+def test_one_run_on_slurm_and_here_and_on_more_nodes(login: Login, uninterrupted: Path) -> None:
+    one = ["--set", "processes_per_node=1"]
+    run = login.submit("--set", "nodes=1", *one, "--", "--stop_at_step", "10")
+    login.end(run)
+    login.submit("--cluster", "local", "--set", "devices_per_process=2", "--", "--stop_at_step", "20")
+    login.end(run)
+    for nodes, stop in ((2, 30), (4, 40)):
+        login.submit("--set", f"nodes={nodes}", *one, "--", "--stop_at_step", str(stop))
+        record = login.end(run)
+    assert [attempt.processes for attempt in record.attempts] == [1, 1, 2, 4]  # type: ignore[attr-defined]
+    assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
+    assert jobs.metrics(run.root, "loss") == pytest.approx(jobs.metrics(uninterrupted, "loss"), rel=1e-4)
+
+
+def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
+    run = login.submit("--set", "hang_timeout=6", "--set", "heartbeat_timeout=100", "--", "--num_steps", "3000")
+    login.at_step(run, 3)
+    os.kill(int(run.pid_file(1, 3).read_text()), signal.SIGSTOP)
+    wait_until(lambda: "resumed" in [event["event"] for event in run.events()], 90)
+    (hang,) = jobs.events(run.root, "hang")
+    assert (hang["host"], hang["node"]) == (3, "127.0.0.12")
+    assert "is stopped (SIGSTOP)" in run.stacks(1, 3).read_text()
+    assert "loop.py" in run.stacks(1, 0).read_text()
+    login.command("jobs", "cancel", "r")
+
+
+def test_a_machine_without_its_devices_is_named_and_left_out(login: Login) -> None:
+    (login.home / "setup").write_text("")
+    wrong = "--set", "env.JASMINE_LOCAL_DEVICES=2"
+    run = login.submit(*wrong, "--set", "max_failures=0", "--", "--num_steps", "5")
+    lives = Watch(run, seconds=0.5)
+    wait_until(lambda: not lives(), 90)
+    record = read_standing(run).record
+    assert record.state == "failed"
+    assert record.attempts[0].cause == "preflight: sees 1 cpu device(s) instead of 2"
+    assert [(blame.node, blame.certain) for blame in record.blames] == [("127.0.0.11", True)]
+    assert not run.metrics.exists()
