@@ -16,28 +16,29 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from launch.errors import UserError, did_you_mean
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLUSTER_DIR = REPOSITORY / "cluster_configs"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML whose 12:00:00 is text, as in YAML 1.2; by the rules of 1.1 it would be the number 43200."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0o?[0-7_]+|0|[1-9][0-9_]*)$"), list("-+0123456789")
+    _INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0o?[0-7_]+|0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    _FLOAT,
+    re.compile(
+        r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-CLUSTER_DIR = REPOSITORY / "cluster_configs"
 
 # Set for each process by the launcher; a cluster file that set them too would contradict it.
 OWNED_VARIABLES = frozenset(
@@ -72,7 +73,6 @@ class Cluster(BaseModel):
     )
     python: str | None = Field(None, description="the path (text) of the job's Python interpreter")
     max_failures: int = Field(3, ge=0, description="a whole number, 0 or more")
-    max_preemptions: int = Field(100, ge=0, description="a whole number, 0 or more")
     grace_seconds: int = Field(120, ge=1, description="a whole number of seconds, at least 1")
     compilation_cache: str = Field("~/.cache/jasmine/xla", description="a directory (text) for compiled programs")
 
@@ -81,6 +81,7 @@ class LocalCluster(Cluster):
     """This machine, as `processes` hosts that have `devices_per_process` CPU devices each."""
 
     backend: Literal["local"] = Field(description="the text 'local'")
+    max_preemptions: int = Field(100, ge=0, description="a whole number, 0 or more")
     processes: int = Field(1, ge=1, description="a whole number, at least 1")
     devices_per_process: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1, description="a whole number of CPU devices, at least 1, or 'auto' for whatever devices this machine has"

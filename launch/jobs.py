@@ -9,6 +9,7 @@ waits out of its queue).
 """
 
 import argparse
+import glob
 import itertools
 import os
 import re
@@ -51,7 +52,33 @@ def main(arguments: list[str]) -> int:
     if rest and options.command is not resume:
         raise UserError(f"{rest[0]}: not an argument of this command (see `{parser.prog} {first} --help`)")
     options.job_arguments = tuple(rest)
+    if options.command in (status, cancel, explain) and (elements := _sweep(options)):
+        return _for_each(options, elements)
     return options.command(options)
+
+
+def _sweep(options: argparse.Namespace) -> list[str]:
+    """Return the runs of the sweep that RUN names; none where it names a run."""
+    for root in _storage_roots(options.storage):
+        if (root / options.run / "run.json").is_file() or "/" in options.run or not root.is_dir():
+            continue
+        found = [path.name for path in root.glob(f"{glob.escape(options.run)}.*") if (path / "run.json").is_file()]
+        if elements := [name for name in found if name[len(options.run) + 1 :].isdecimal()]:
+            return sorted(elements, key=lambda name: int(name.rpartition(".")[2]))
+    return []
+
+
+def _for_each(options: argparse.Namespace, elements: list[str]) -> int:
+    """Carry out a command on all runs of a sweep: `status` as a table, the others one by one where they apply."""
+    if options.command is status:
+        return list_runs(argparse.Namespace(storage=options.storage, only=set(elements)))
+    code = 0
+    for name in elements:
+        one = argparse.Namespace(**vars(options) | {"run": name})
+        if options.command is cancel and not _find_run(one)[1].live:
+            continue
+        code = max(code, options.command(one))
+    return code
 
 
 def list_runs(options: argparse.Namespace) -> int:
@@ -59,6 +86,8 @@ def list_runs(options: argparse.Namespace) -> int:
     rows = []
     for root in _storage_roots(options.storage):
         for directory in root.iterdir() if root.is_dir() else []:
+            if options.only and directory.name not in options.only:
+                continue
             run = RunDir(directory)
             try:
                 record = read_standing(run).record
@@ -83,7 +112,11 @@ def list_runs(options: argparse.Namespace) -> int:
                     ],
                 )
             )
-    table = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    if options.only:
+        rows.sort(key=lambda row: int(row[1][0].rpartition(".")[2]))
+    else:
+        rows.sort(key=lambda row: row[0])
+    table = [row for _, row in rows]
     if not table:
         print(f"no runs in {', '.join(map(str, _storage_roots(options.storage)))}")
         return 0
@@ -195,7 +228,7 @@ def resume(options: argparse.Namespace) -> int:
         check_options(Job(record.job, last.code_dir / script), options.job_arguments, root=last.code_dir)
         found = REPOSITORY / record.job if script.startswith(f"{SCRIPT_DIR}/") else last.code_dir / script
         request = Request(run, Job(record.job, found), arguments, cwd, cluster, settings, last.code, script, None)
-    return carry_out(request, wait=options.wait)
+    return carry_out([request], wait=options.wait)
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -208,9 +241,10 @@ def explain(options: argparse.Namespace) -> int:
     if record.state == "submitted" and seen.detail:
         text = f"It is in the queue, {seen.detail}.{_blamed(record)}"
     elif record.state in ACTIVE:
-        text = f"It is {record.state}, {_progress_line(run, record, _last_plan(run, record))}. Nothing is wrong.{_blamed(record)}"
+        progress = _progress_line(run, record, _last_plan(run, record))
+        text = f"It is {record.state}, {progress}. Nothing is wrong.{_blamed(record)}"
         if not seen.answered:
-            text = f"{seen.detail}: {record.state}, {_progress_line(run, record, _last_plan(run, record))}."
+            text = f"{seen.detail}: {record.state}, {progress}."
     elif record.state == "finished":
         text = "It has finished: every process exited 0."
     elif record.state == "lost":
@@ -408,7 +442,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
             added.add_argument("run", metavar="RUN", help="a run's name, or the path of its directory")
         return added
 
-    command("list", list_runs, run=False)
+    command("list", list_runs, run=False).set_defaults(only=None)
     command("status", status)
     show = command("logs", logs)
     show.add_argument("-f", "--follow", action="store_true", help="go on, through restarts, until the run ends")

@@ -59,8 +59,8 @@ class Blame(_Stored):
 class Attempt(_Stored):
     """One start of all processes. `outcome` is None while they run; `first_failed` is the host that failed first.
 
-    `devices` describes what each process has where that is not a number of CPU devices; `nodes` are the machines, in the order
-    of the processes; `cause` is one line on why it ended, where that is not in the exits.
+    `devices` describes what each process has where that is not a number of CPU devices; `nodes` are the machines, in the
+    order of the processes; `cause` is one line on why it ended, where that is not in the exits.
     """
 
     number: int

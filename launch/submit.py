@@ -1,12 +1,16 @@
 """Submits a job to a cluster: read, plan, then either show the plan or carry it out.
 
     python launch/submit.py --cluster NAME|FILE [--name RUN] [--set KEY=VALUE …] [--dry-run] [--wait] [JOB [ARGS…]]
+    … [--sweep OPTION=VALUES …] [--after RUN …] [--export-sbatch FILE] [--pipeline FILE]
 
 All that can be known to be wrong is refused before anything is created. Between the first file created and the
 job's submission the run's lock is held, so two submissions of one name cannot both go through.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -27,6 +31,7 @@ try:
     from launch.errors import Parser, UserError, did_you_mean, run_entry_point
     from launch.logs import follow_logs
     from launch.options import DEFAULT_JOB, Job, baselines, check_options, find_job, known_options
+    from launch.pipeline import fill_places, read_pipeline
     from launch.plan import Plan, make_plan, masked
     from launch.record import ACTIVE, RunRecord, Submission, read_record, write_record
     from launch.run_dir import RunDir, in_use
@@ -47,6 +52,8 @@ class Request:
     Attributes:
         script_in_code: path of the script inside the snapshot.
         snapshot: the tree to store; None when `code` is in the run directory already.
+        sweep: the name of the sweep that the run is an element of.
+        after: names of runs that must have finished before it starts.
     """
 
     run: RunDir
@@ -58,6 +65,8 @@ class Request:
     code: Code
     script_in_code: str
     snapshot: Snapshot | None
+    sweep: str | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def backend(self) -> Backend:
@@ -73,18 +82,154 @@ def main(arguments: list[str]) -> int:
     cwd = Path.cwd()
     if options.cluster is None:
         raise UserError("--cluster is missing: --cluster local is this machine")
+    if options.pipeline is not None:
+        if words or options.sweep or options.after or options.name:
+            raise UserError(
+                "--pipeline names jobs, arguments and runs in its file: give it alone, with --cluster and --set"
+            )
+        stages = pipeline_requests(Path(options.pipeline), options.cluster, options.set, cwd)
+        return _carry_out_stages(stages, dry_run=options.dry_run)
     cluster, settings = load_cluster(options.cluster, options.set)
     job = find_job(words[0] if words else DEFAULT_JOB, cwd)
-    check_options(job, words[1:], reserved=_option_names(parser))
+    swept = [sweep_values(text) for text in options.sweep]
+    check_options(job, [*words[1:], *(f"--{key}" for key, _ in swept)], reserved=_option_names(parser))
     storage = expand_path(settings.storage, "storage", cwd)
-    name = options.name if options.name is not None else unused_name(storage, job)
-    run = RunDir(storage / checked_name(name))
+    name = checked_name(options.name if options.name is not None else unused_name(storage, job))
     snapshot = take_snapshot(REPOSITORY, job.script)
-    request = Request(run, job, tuple(words[1:]), cwd, cluster, settings, snapshot.code, snapshot.script, snapshot)
+    given = tuple(words[1:])
+    after = tuple(runs_to_wait_for(options.after, storage))
+    requests = [
+        Request(
+            RunDir(storage / run), job, given + more, cwd, cluster, settings, snapshot.code, snapshot.script, snapshot,
+            sweep=name if swept else None, after=after,
+        )
+        for run, more in sweep_elements(name, swept)
+    ]  # fmt: skip
+    if options.export_sbatch is not None:
+        return _export(requests, Path(options.export_sbatch))
     if options.dry_run:
-        print(request.backend.preview([plan_for(request)]), end="")
+        print(requests[0].backend.preview([plan_for(request) for request in requests]), end="")
         return 0
-    return carry_out(request, wait=options.wait)
+    return carry_out(requests, wait=options.wait)
+
+
+def sweep_values(text: str) -> tuple[str, list[str]]:
+    """Return the option and the values that `OPTION=A,B,C` or `OPTION=0..3` names.
+
+    Raises:
+        UserError: it is neither.
+    """
+    key, equals, values = text.partition("=")
+    key = key.lstrip("-")
+    if bounds := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", values):
+        first, last = int(bounds.group(1)), int(bounds.group(2))
+        found = [str(value) for value in range(first, last + 1)]
+    else:
+        found = [value for value in values.split(",") if value]
+    if not key or not equals or not found:
+        raise UserError(f"--sweep {text}: expected OPTION=VALUE,VALUE or OPTION=FIRST..LAST, as in --sweep seed=0..3")
+    return key, found
+
+
+def sweep_elements(name: str, swept: list[tuple[str, list[str]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return a run's name and additional arguments for each combination of the swept values; without any, the run itself."""
+    if not swept:
+        return [(name, ())]
+    combinations = itertools.product(*([(f"--{key}", value) for value in values] for key, values in swept))
+    return [
+        (checked_name(f"{name}.{index}"), tuple(itertools.chain.from_iterable(combination)))
+        for index, combination in enumerate(combinations)
+    ]
+
+
+def runs_to_wait_for(names: Sequence[str], storage: Path) -> list[str]:
+    """Return those runs among `names` that have not finished.
+
+    Raises:
+        UserError: there is no such run, or it is not going to finish.
+    """
+    waiting = []
+    for name in names:
+        run = RunDir(storage / name)
+        if read_record(run) is None:
+            raise UserError(f"--after {name}: there is no such run in {storage}")
+        standing = read_standing(run)
+        if standing.record.state == "finished":
+            continue
+        if not standing.live:
+            raise UserError(
+                f"--after {name}: it is {standing.record.state} and will not finish by itself; resume it first"
+            )
+        if not run.slurm_job.exists():
+            raise UserError(f"--after {name}: it does not run on Slurm, so Slurm cannot wait for it")
+        waiting.append(name)
+    return waiting
+
+
+def pipeline_requests(path: Path, cluster: str, overrides: Sequence[str], cwd: Path) -> list[Request]:
+    """Read a pipeline file, and return its stages in order.
+
+    Raises:
+        UserError: the file, a stage's job or one of its options is wrong; nothing was created.
+    """
+    pipeline = read_pipeline(path)
+    requests: list[Request] = []
+    for stage in pipeline.stages:
+        name, settings = load_cluster(cluster, [*overrides, *stage.set])
+        job = find_job(stage.job, cwd)
+        check_options(job, stage.arguments)
+        storage = expand_path(settings.storage, "storage", cwd)
+        run_names = {other: checked_name(f"{pipeline.name}-{other}") for other in [*stage.after, stage.name]}
+        places = {other: str(storage / run) for other, run in run_names.items()}
+        arguments = tuple(fill_places(argument, places) for argument in stage.arguments)
+        snapshot = take_snapshot(REPOSITORY, job.script)
+        run = RunDir(storage / run_names[stage.name])
+        done = {request.run.name for request in requests if _has_finished(request.run)}
+        after = tuple(run_names[other] for other in stage.after if run_names[other] not in done)
+        requests.append(
+            Request(run, job, arguments, cwd, name, settings, snapshot.code, snapshot.script, snapshot, after=after)
+        )
+    return requests
+
+
+def _has_finished(run: RunDir) -> bool:
+    record = read_record(run)
+    return record is not None and record.state == "finished"
+
+
+def _carry_out_stages(stages: Sequence[Request], *, dry_run: bool) -> int:
+    """Submit the stages of a pipeline that have not finished; on this machine, which has no queue, one after the other."""
+    todo = [stage for stage in stages if not _has_finished(stage.run)]
+    plans = [plan_for(stage) for stage in todo]  # all that can be refused is, before the first one starts
+    if dry_run:
+        print("\n".join(stage.backend.preview([plan]) for stage, plan in zip(todo, plans, strict=True)), end="")
+        return 0
+    for stage in todo:
+        local = stage.settings.backend == "local"
+        code = carry_out([dataclasses.replace(stage, after=()) if local else stage], wait=local)
+        if code != 0:
+            return code
+    return 0
+
+
+def _export(requests: Sequence[Request], path: Path) -> int:
+    from launch.backends import slurm
+
+    (request,) = requests[:1]
+    if len(requests) > 1 or request.settings.backend != "slurm":
+        raise UserError(
+            "--export-sbatch writes the script of one run on a Slurm cluster, not of a sweep or of this machine"
+        )
+    text = slurm.export(plan_for(request), REPOSITORY, request.job.script)
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"--export-sbatch {path}: it exists; name another file") from None
+    except OSError as error:
+        raise UserError(f"--export-sbatch {path}: cannot be written: {error.strerror}") from error
+    print(f"submit it with: sbatch {shlex.quote(str(path))}")
+    return 0
 
 
 def checked_name(name: str) -> str:
@@ -129,59 +274,77 @@ def plan_for(request: Request) -> Plan:
     return _plan(request)
 
 
-def carry_out(request: Request, *, wait: bool) -> int:
-    """Create or continue the run and start it; with `wait`, show its output to the end.
+def carry_out(requests: Sequence[Request], *, wait: bool) -> int:
+    """Create or continue one run, or all elements of a sweep, and start them; with `wait`, show a run's output to the end.
 
     Returns:
         0 once it is submitted; with `wait` the job's exit code.
 
     Raises:
-        UserError: the run is live or not ours to continue, or its directory cannot be written. Nothing of a new run is
-            left behind then.
+        UserError: a run is live or not ours to continue, its directory cannot be written, or the cluster refuses. Nothing
+            of a new run is left behind then.
     """
-    plan_for(request)  # refuse before the first file is touched
-    run = request.run
+    if wait and len(requests) > 1:
+        raise UserError("--wait is for one run, not for a sweep: watch it with `jobs.py list`")
+    for request in requests:
+        plan_for(request)  # refuse before the first file is touched
+    locks: list[int] = []
+    undo: list[tuple[RunDir, RunRecord | None]] = []
+    plans: list[Plan] = []
+    try:
+        for request in requests:
+            locks.append(_take(request.run))
+            undo.append((request.run, read_record(request.run)))
+            plans.append(_record_submission(request))
+        told = requests[0].backend.submit(plans, locks)
+    except (OSError, UserError) as error:
+        for run, past in undo:
+            _undo(run, past)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{requests[0].run.root}: cannot be written: {error.strerror}") from error
+    finally:
+        for lock in locks:
+            os.close(lock)  # a supervisor on this machine has its own copy; without one the run is free again
+    plan = plans[0]
+    if plan.sweep is not None:
+        _tell_sweep(plans, requests[0].backend.shape(plan), told)
+        return 0
+    _tell_submitted(plan, requests[0].backend.shape(plan), told)
+    return _wait_for(requests[0].run, plan) if wait else 0
+
+
+def _take(run: RunDir) -> int:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        lock = run.lock()
+        return run.lock()
     except OSError as error:
         raise UserError(f"storage {run.root.parent}: cannot make the run directory there: {error.strerror}") from error
-    try:
-        plan = _plan(request)  # again: the run's past may have changed before the lock was ours
-        past = read_record(run)
-        record = past or RunRecord(name=run.name, job=request.job.name, state="submitted", changed=time.time())
-        try:
-            if request.snapshot is not None:
-                request.snapshot.write(run.code)
-            run.cancel_request.unlink(missing_ok=True)
-            record.state, record.changed = "submitted", time.time()
-            record.reason, record.exit_code, record.supervisor = None, None, None
-            record.submissions.append(Submission(time=time.time(), plan=masked(plan)))
-            write_record(run, record)
-            run.append_event("submitted", attempt=plan.first_attempt, cluster=plan.cluster, code=plan.code.hash)
-            told = request.backend.submit([plan], [lock])
-        except (OSError, UserError) as error:
-            _undo(run, past)
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{run.root}: cannot be written: {error.strerror}") from error
-    finally:
-        os.close(lock)  # a supervisor on this machine has its own copy; without one the run is free again
-    _tell_submitted(plan, request.backend.shape(plan), told)
-    return _wait_for(run, plan) if wait else 0
+
+
+def _record_submission(request: Request) -> Plan:
+    """Write all of a run that has to be there before it starts; its lock is held."""
+    run = request.run
+    plan = _plan(request)  # again: the run's past may have changed before the lock was ours
+    record = read_record(run) or RunRecord(name=run.name, job=request.job.name, state="submitted", changed=time.time())
+    if request.snapshot is not None:
+        request.snapshot.write(run.code)
+    run.cancel_request.unlink(missing_ok=True)
+    record.state, record.changed = "submitted", time.time()
+    record.reason, record.exit_code, record.supervisor = None, None, None
+    record.submissions.append(Submission(time=time.time(), plan=masked(plan)))
+    write_record(run, record)
+    run.append_event("submitted", attempt=plan.first_attempt, cluster=plan.cluster, code=plan.code.hash)
+    return plan
 
 
 def _undo(run: RunDir, past: RunRecord | None) -> None:
     """Leave a run as it was before a submission that was refused: gone, if it was new."""
     if past is None:
         shutil.rmtree(run.root, ignore_errors=True)
-        return
-    before = read_record(run)
-    if before is not None:
-        before.submissions.pop()
-        last = before.attempts[-1].outcome if before.attempts else None
-        before.state, before.reason = last or "failed", "its last submission was refused"
-        write_record(run, before)
+    else:
+        with contextlib.suppress(OSError):
+            write_record(run, past)
 
 
 def _plan(request: Request) -> Plan:
@@ -196,6 +359,8 @@ def _plan(request: Request) -> Plan:
         settings=request.settings,
         code=request.code,
         first_attempt=max(request.run.attempts(), default=0) + 1,
+        sweep=request.sweep,
+        after=request.after,
     )
 
 
@@ -255,6 +420,18 @@ def _tell_submitted(plan: Plan, shape: str, told: str) -> None:
         print(f"  {command:<9}  {jobs_command(command, run)}", flush=True)
 
 
+def _tell_sweep(plans: Sequence[Plan], shape: str, told: str) -> None:
+    plan = plans[0]
+    print(f"{plan.sweep}: {len(plans)} runs submitted on {plan.cluster}, each {shape}, code {plan.code.hash}")
+    print(f"  job        {told}")
+    for one in plans:
+        print(f"  {one.run}  {' '.join(one.arguments[-2 * len(plan.arguments) :])}")
+    assert plan.sweep is not None
+    sweep = RunDir(Path(plan.run_dir).parent / plan.sweep)
+    for command in ("status", "cancel"):
+        print(f"  {command:<9}  {jobs_command(command, sweep)}", flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python launch/submit.py",
@@ -269,6 +446,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="RUN", help="the run's name; that of an existing run continues it")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the cluster")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, create nothing")
+    parser.add_argument("--sweep", metavar="OPTION=VALUES", action="append", default=[],
+                        help="a run for each value: seed=0..3 or max_lr=1e-4,3e-4; several are combined")  # fmt: skip
+    parser.add_argument("--after", metavar="RUN", action="append", default=[], help="start when RUN has finished")
+    parser.add_argument("--pipeline", metavar="FILE", help="submit the stages that a file describes")
+    parser.add_argument(
+        "--export-sbatch", metavar="FILE", help="write a batch script that needs no launcher, submit nothing"
+    )
     parser.add_argument("--wait", action="store_true", help="show the job's output and return its exit code")
     return parser
 

@@ -19,8 +19,9 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.record import ACTIVE, read_run
+from launch.record import ACTIVE
 from launch.run_dir import RunDir
+from launch.standing import read_standing
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 800
@@ -107,7 +108,7 @@ def run(command: str) -> None:
 
 def state(run_dir: Path) -> str:
     """The run's state, as the launcher tells it: `lost` too, if its supervisor died."""
-    return read_run(RunDir(run_dir)).state
+    return read_standing(RunDir(run_dir)).record.state
 
 
 def last_metric(run_dir: Path, name: str) -> float:

@@ -44,7 +44,7 @@ class Heartbeat:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def doing(self, what: str) -> None:
-        """Says what the process is at: `joining`, `preflight`, `restoring`, `compiling`, `stepping`, `evaluating`, `saving`."""
+        """Says what the process is at: joining, preflight, restoring, compiling, stepping, evaluating, saving."""
         self._doing = what
 
     def close(self) -> None:

@@ -139,7 +139,9 @@ def _fail(
 
 
 def _too_slow(run_dir: epath.Path, limit: float, mine: dict[str, Any]) -> None:
-    print(f"error: preflight failed: no all-reduce over all devices within {limit:.0f} s (on {mine['node']})", flush=True)
+    print(
+        f"error: preflight failed: no all-reduce over all devices within {limit:.0f} s (on {mine['node']})", flush=True
+    )
     if jax.process_index() == 0:
         run_files.log_event(run_dir, "preflight_failed", blamed=None, node=None, reason="the all-reduce hangs")
     os._exit(EXIT_FAILED)
@@ -152,9 +154,9 @@ def _all_reduce() -> tuple[int, float, bool]:
     length = 2**18 if on_cpu else 2**24
     mesh = Mesh(devices, ("all",))
     spread, everywhere = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-    parts = jax.make_array_from_callback(
-        (devices.size, length), spread, lambda index: np.full((1, length), (index[0].start or 0) + 1, np.float32)
-    )
+    shape = (devices.size, length)
+    rows = np.arange(1, devices.size + 1, dtype=np.float32)[:, None]
+    parts = jax.make_array_from_callback(shape, spread, lambda index: np.broadcast_to(rows, shape)[index])
     total = jax.jit(lambda x: x.sum(0), in_shardings=spread, out_shardings=everywhere)
     times = []
     for _ in range(4):  # the first compiles

@@ -28,6 +28,7 @@ if __name__ == "__main__":
 from pydantic import TypeAdapter
 
 from launch.backends import Sighting
+from launch.errors import UserError
 from launch.outcome import Ask, exit_code, kind, outcome
 from launch.outcome import ending as ending_after
 from launch.plan import Host, Plan, host_environment, scrubbed, show
@@ -49,7 +50,9 @@ def preview(plans: Sequence[Plan]) -> str:
 
 
 def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
-    """Start a supervisor for each run."""
+    """Start a supervisor for the run."""
+    if len(plans) > 1 or plans[0].after:
+        raise UserError("--sweep and --after need a cluster with a scheduler: this machine would run all at once")
     pids = [start_supervisor(plan, lock) for plan, lock in zip(plans, locks, strict=True)]
     return f"supervisor process {', '.join(map(str, pids))} on this machine"
 
@@ -68,7 +71,6 @@ def look(run: RunDir, record: RunRecord) -> Sighting:
 def cancel(run: RunDir, record: RunRecord) -> None:
     """Leave the request that the supervisor looks for."""
     run.cancel_request.touch()
-
 
 
 def start_supervisor(plan: Plan, lock: int) -> int:

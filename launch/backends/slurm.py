@@ -91,17 +91,47 @@ def batch_script(plans: Sequence[Plan]) -> str:
     supervisor = f"{where}/code/{plan.code.hash}/launch/backends/slurm_attempt.py"
     # The supervisor runs beside the job's container, where there is one, with the Python that submitted.
     outside = sys.executable if settings.container and settings.python else plan.argv[0]
-    submission = f"--first_attempt {plan.first_attempt}"
-    return _sbatch_text(
-        plans, f"exec {shlex.quote(outside)} {supervisor} --run_dir {where} {submission}", settings.setup
-    )
+    return _sbatch_text(plans, f"exec {shlex.quote(outside)} {supervisor} --run_dir {where}", settings.setup)
 
 
-def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str]) -> str:
+def export(plan: Plan, checkout: Path, script: Path) -> str:
+    """Return a batch script that runs `script` as the plan would, without the launcher, with the code in `checkout`."""
+    settings = _settings(plan)
+    variables = {"JASMINE_RUN_DIR": plan.run_dir, "PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1", **settings.env}
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+    files = {name: source for name, source in settings.secrets.items() if source != ENVIRONMENT}
+    exports += "".join(f'\nexport {name}="$(cat {shlex.quote(os.path.expanduser(f))})"' for name, f in files.items())
+    cpus = settings.cpus_per_node
+    per_task = f" --cpus-per-task={max(1, cpus // settings.processes_on_a_node)}" if cpus else ""
+    job = shlex.join([plan.argv[0], str(script), *plan.arguments])
+    if settings.container:
+        raise UserError("--export-sbatch does not write scripts for containers; use --dry-run to see what is submitted")
+    body = f"""\
+{exports}
+mkdir -p "$JASMINE_RUN_DIR"
+cd {shlex.quote(plan.cwd)} || exit 2
+ulimit -c 0
+# --wait: when one process has ended, the others have this many seconds to end as well.
+srun --wait=30 --kill-on-bad-exit=0 --unbuffered --mpi=none{per_task} \\
+    {job}
+code=$?
+# 75: the state is saved, and the job wants to go on. `scontrol requeue` has Slurm run this script again.
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}" && sleep 60
+fi
+exit "$code\""""
+    log = _percent_safe(str(Path(plan.cwd) / f"{plan.run}-")) + "%j.log"
+    return _sbatch_text([plan], body, settings.setup, output=log)
+
+
+def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: str | None = None) -> str:
     from submitit.slurm.slurm import _make_sbatch_string  # the pure part of submitit's executor: needs no srun
 
     plan, settings = plans[0], _settings(plans[0])
     verbatim = [f"#SBATCH {line}" for line in settings.extra]
+    parameters = _executor_parameters(plan, settings)
+    if output is not None:
+        parameters["additional_parameters"]["output"] = output
     return _make_sbatch_string(
         command=command,
         folder=str(_folder(plan)),
@@ -109,7 +139,7 @@ def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str]) -> str:
         use_srun=False,
         wckey=None,
         map_count=len(plans) if plan.sweep is not None else None,
-        **_executor_parameters(plan, settings),
+        **parameters,
     )
 
 
@@ -123,7 +153,7 @@ def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
         "requeue": True,
         # To the tasks only: the supervisor stays to see them save.
         "signal": f"TERM@{settings.grace_seconds}",
-        "export": ",".join(["ALL", *(name for name, source in settings.secrets.items() if source == ENVIRONMENT)]),
+        "export": "ALL",
     }
     gpus = settings.gpus_per_node
     optional = {
@@ -210,6 +240,7 @@ def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
     try:
         for one in plans:
             _folder(one).mkdir(exist_ok=True)
+            RunDir(Path(one.run_dir)).slurm_job.unlink(missing_ok=True)
         executor = Executor(_folder(plan))
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's complaint there as it comes
             job = executor._submit_command("")
@@ -281,7 +312,7 @@ def job_now(job_id: str) -> Job | None:
         return _job_in_accounts(job_id)
     except IndexError:
         return None
-    fields = {name: value for name, value in _fields(text)}
+    fields = dict(_fields(text))
     return Job(fields.get("JobState", ""), fields)
 
 
@@ -314,7 +345,9 @@ def look(run: RunDir, record: RunRecord) -> Sighting:
         detail = f"Slurm does not answer ({error}); this is how the run stood when it was last seen"
         return Sighting(live=True, detail=detail, answered=False, facts=tuple(facts))
     if job is None:
-        return Sighting(live=False, state="lost", detail=f"Slurm does not know job {job_id} any more", facts=tuple(facts))
+        return Sighting(
+            live=False, state="lost", detail=f"Slurm does not know job {job_id} any more", facts=tuple(facts)
+        )
     if nodes := job.field("NodeList"):
         facts.append(("nodes", nodes))
     if excluded := job.field("ExcNodeList"):
@@ -338,7 +371,9 @@ def why_waiting(job: Job) -> str:
     else:
         plain = _WAITING.get(word, "")
     start = job.field("StartTime")
-    expected = f"; expected to start at {start.replace('T', ' ')}" if start and word in ("Resources", "Priority") else ""
+    expected = (
+        f"; expected to start at {start.replace('T', ' ')}" if start and word in ("Resources", "Priority") else ""
+    )
     return f"waiting: {plain} ({reason}){expected}" if plain else f"waiting: {reason}{expected}"
 
 

@@ -5,8 +5,8 @@ process by one `srun`, sees them to their end, and decides by `launch.outcome` w
 asked to put the same job back into the queue. Invariants:
 
 - It believes the workers' exit files, not srun's exit code; what a worker could not write is told from srun's output.
-- Where Slurm itself ends the job (scancel, requeue by hand), what becomes of it is Slurm's to say: it is not put back into the
-  queue from here, and the record says no more than that the attempt is over.
+- Where Slurm itself ends the job (scancel, requeue by hand), what becomes of it is Slurm's to say: it is not put back
+  into the queue from here, and the record says no more than that the attempt is over.
 - It leaves with a code other than 0 unless the run has finished, so that jobs that depend on it (afterok) wait or die.
 - The record is complete before Slurm is asked to requeue: from then on this process may be killed at any time.
 - A job that is not the newest submission of its run does nothing.
@@ -56,7 +56,6 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--first_attempt", type=int, required=True, help="of the submission that this job is")
     options = parser.parse_args()
     run = RunDir(options.run_dir)
     lock = _lock(run)
@@ -69,13 +68,23 @@ def main() -> int:
         print(f"{run.root}: no submission is recorded here any more", flush=True)
         return 1
     plan = record.submissions[-1].plan
-    if plan.first_attempt != options.first_attempt or plan.settings["backend"] != "slurm":
+    if plan.settings["backend"] != "slurm" or not _is_newest_submission(run):
         print(f"{run.name}: submitted again since; this job has nothing to do", flush=True)
         return 0
     try:
         return _Supervisor(plan, run, record).run_attempt()
     finally:
         os.close(lock)
+
+
+def _is_newest_submission(run: RunDir) -> bool:
+    """Return whether this job is the one that the run was last submitted as."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not run.slurm_job.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)  # without locks this job can start before the command that submitted it has noted its id
+    array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    mine = f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
+    return run.slurm_job.exists() and run.slurm_job.read_text().strip() == mine
 
 
 def _lock(run: RunDir) -> int:
@@ -182,7 +191,11 @@ class _Supervisor:
         mounts = [str(self.run.root.parent), self.plan.cwd, *self.settings.container_mounts]
         both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
         if self.settings.container_runtime == "pyxis":
-            return [f"--container-image={image}", f"--container-mounts={','.join(both_sides)}", "--no-container-mount-home"]
+            return [
+                f"--container-image={image}",
+                f"--container-mounts={','.join(both_sides)}",
+                "--no-container-mount-home",
+            ]
         gpus = ["--nv"] if self.settings.gpus_per_node else []
         return ["apptainer", "exec", *gpus, *(f"--bind={mount}" for mount in both_sides), image]
 
@@ -281,11 +294,11 @@ class _Supervisor:
         if first is None and not self.terminated:
             complaint = _first_complaint(self.run.attempt(attempt.number) / "srun.log")
             on_node = [host for host in sorted(missing) if complaint and attempt.nodes[host] == complaint[0]]
-            if complaint and complaint[1] in missing:
-                first = complaint[1]
-            else:
-                first = (on_node or sorted(missing))[0]
-            attempt.cause = f"process {first} on {attempt.nodes[first]} ended without a word (killed, or its node is gone)"
+            named = complaint is not None and complaint[1] in missing
+            first = complaint[1] if complaint and named else (on_node or sorted(missing))[0]
+            attempt.cause = (
+                f"process {first} on {attempt.nodes[first]} ended without a word (killed, or its node is gone)"
+            )
         # Killed because another one had failed, or by Slurm: a stop, not a failure of its own.
         for host in sorted(missing, key=lambda host: (host != first, host)):
             stopped = [] if host == first else ["SIGKILL"]
@@ -314,12 +327,12 @@ class _Supervisor:
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
             return exit_code(attempt)
-        end = ending_after(
-            attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome]
-        )
+        end = ending_after(attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome])
         if end is not None:
             return self._end(end.state, end.code, end.reason)
-        self.record.reason = f"attempt {attempt.number} {attempt.outcome}: {attempt.cause or 'goes on from its last checkpoint'}"
+        self.record.reason = (
+            f"attempt {attempt.number} {attempt.outcome}: {attempt.cause or 'goes on from its last checkpoint'}"
+        )
         self._write("submitted")
         self.run.append_event("restarted", attempt=attempt.number + 1, after=attempt.outcome, used=spent + 1)
         return self._requeue(exit_code(attempt))
@@ -353,7 +366,7 @@ class _Supervisor:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
         with an exception is not."""
         if blamed := self.run.blame(attempt.number):
-            node, attempt.cause = blamed.get("node"), blamed.get("reason")
+            node, attempt.cause = blamed.get("node"), str(blamed.get("reason"))
             if node in attempt.nodes:
                 self.record.blames.append(Blame(node=node, reason=attempt.cause, time=time.time(), certain=True))
                 self.run.append_event("blamed", attempt=attempt.number, node=node, reason=attempt.cause)
@@ -390,6 +403,8 @@ class _Supervisor:
         """Return why Slurm asked the processes to leave, as far as it can be told."""
         if self.asked:
             return "asked to leave"
+        if self._ended_by_slurm():
+            return "ended by Slurm: cancelled, requeued by hand or out of time to save"
         # The warning may come up to a minute early.
         if self.ends_at is not None and time.time() > self.ends_at - self.settings.grace_seconds - 60:
             return "time limit"

@@ -7,7 +7,7 @@ from tests.clusters.slurm import SlurmCluster
 
 def test_a_job_over_two_nodes_sees_its_gpus(slurm: SlurmCluster, tmp_path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text('#!/bin/bash\nsrun bash -c \'echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"\'\n')
+    script.write_text("#!/bin/bash\nsrun bash -c 'echo \"$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES\"'\n")
     output = tmp_path / "out"
     options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", f"--output={output}", "--parsable"]
     job = slurm.command("sbatch", *options, str(script)).strip()

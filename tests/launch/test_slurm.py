@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,13 @@ def test_the_processes_are_told_who_they_are(here: Checkout) -> None:
         "print(json.dumps(dict(os.environ, cwd=os.getcwd(), core=resource.getrlimit(resource.RLIMIT_CORE)[0])))\n"
     )
     (here.home / "key").write_text("from a file\n")
-    outer = {"SLURM_NTASKS": "77", "SLURM_PROCID": "77", "SLURM_JOB_ID": "77", "SLURM_MEM_PER_NODE": "1", "SBATCH_PARTITION": "no"}
+    outer = {
+        "SLURM_NTASKS": "77",
+        "SLURM_PROCID": "77",
+        "SLURM_JOB_ID": "77",
+        "SLURM_MEM_PER_NODE": "1",
+        "SBATCH_PARTITION": "no",
+    }
     here.env |= outer | {"API_TOKEN": "from the shell", "MINE": "kept"}
     secrets = ["--set", "secrets.API_TOKEN=environment", "--set", f"secrets.WANDB_API_KEY={here.home}/key"]
     submit(here, *secrets, "--set", "heartbeat_timeout=17", "--set", "env.EXTRA=5", "show.py")
@@ -125,11 +132,16 @@ def test_the_dry_run_is_what_is_submitted_and_needs_no_slurm(here: Checkout) -> 
     arguments += ["--name", "r", "train_lam", "--num_steps", "1"]
     without = dict(here.env, PATH="/nowhere")
     dry = subprocess.run(
-        here.argv("submit", *arguments[:4], "--dry-run", *arguments[4:]), cwd=here.home, env=without, capture_output=True
+        here.argv("submit", *arguments[:4], "--dry-run", *arguments[4:]),
+        cwd=here.home,
+        env=without,
+        capture_output=True,
     )
     assert dry.returncode == 0, dry.stderr
     assert not here.directory().root.exists()
-    refused = subprocess.run(here.argv("submit", *arguments), cwd=here.home, env=without, capture_output=True, text=True)
+    refused = subprocess.run(
+        here.argv("submit", *arguments), cwd=here.home, env=without, capture_output=True, text=True
+    )
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "no Slurm here" in refused.stderr
     assert not here.directory().root.exists(), "a refused submission left something behind"
@@ -162,7 +174,9 @@ def test_a_higher_partition_preempts_and_the_run_goes_on(here: Checkout, slurm: 
     assert steps(here) == list(range(1, 151))
 
 
-def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(here: Checkout, slurm: SlurmCluster) -> None:
+def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(
+    here: Checkout, slurm: SlurmCluster
+) -> None:
     submit(here, "train_lam", "--num_steps", "2000")
     submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "train_lam", name="waits")
     for host in range(4):
@@ -187,7 +201,18 @@ def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(her
 
 def test_the_time_limit_is_warned_of_and_survived(here: Checkout, slurm: SlurmCluster) -> None:
     # Slurm warns up to a minute early, and this limit is one minute: attempt 1 is over at once.
-    submit(here, "--set", "partition=short", "--set", "time_limit=1:00", "--set", "nodes=1", "train_lam", "--num_steps", "400")
+    submit(
+        here,
+        "--set",
+        "partition=short",
+        "--set",
+        "time_limit=1:00",
+        "--set",
+        "nodes=1",
+        "train_lam",
+        "--num_steps",
+        "400",
+    )
     wait_until(lambda: here.directory().attempts() == [1, 2], 90)
     record = read_record(here.directory())
     assert record is not None
@@ -227,7 +252,18 @@ def test_a_killed_process_costs_one_restart(here: Checkout, host: int) -> None:
 
 def test_an_exception_on_one_process_ends_the_job_quickly_and_a_mistake_for_good(here: Checkout) -> None:
     submit(
-        here, "--set", "max_failures=0", "train_lam", "--num_steps", "2000", "--crash_at", "3", "--crash_host", "2", "--crash_attempts", "9"
+        here,
+        "--set",
+        "max_failures=0",
+        "train_lam",
+        "--num_steps",
+        "2000",
+        "--crash_at",
+        "3",
+        "--crash_host",
+        "2",
+        "--crash_attempts",
+        "9",
     )
     log = here.directory().log(1, 2)
     wait_until(lambda: log.exists() and "ValueError" in log.read_text())
@@ -300,3 +336,104 @@ def test_a_scheduler_that_is_away_loses_nothing(here: Checkout, slurm: SlurmClus
     assert "waits: submitted" in here.jobs("status", "waits").stdout
     assert here.jobs("cancel", "waits").returncode == 0
     assert here.jobs("cancel", "r").returncode == 0
+
+
+def test_a_sweep_is_one_array_whose_elements_are_runs(here: Checkout, slurm: SlurmCluster) -> None:
+    sweep = ["--sweep", "num_steps=3,4", "--sweep", "step_seconds=0.01,0.02"]
+    told = submit(here, "--set", "processes_per_node=1", "--set", "gpus_per_node=0", *sweep, "train_lam")
+    assert "r: 4 runs submitted" in told
+    names = [f"r.{index}" for index in range(4)]
+    assert {here.end(name, seconds=90).state for name in names} == {"finished"}
+    assert [len(steps(here, name)) for name in names] == [3, 3, 4, 4]
+    assert [len(here.directory(name).logged_hosts(1)) for name in names] == [2] * 4
+    assert len({job_id(here, name).partition("_")[0] for name in names}) == 1
+    table = here.jobs("status", "r").stdout
+    assert [line.split()[0] for line in table.splitlines()] == ["run", *names]
+    refused = here.run("submit", "--cluster", "local", "--name", "s", *sweep, "train_lam")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "need a cluster with a scheduler" in refused.stderr
+    assert not list((here.home / "runs").glob("s*"))
+
+
+def test_cancelling_a_sweep_ends_all_of_it(here: Checkout) -> None:
+    submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "--sweep", "num_steps=2000,2001", "train_lam")
+    wait_until(lambda: any(here.directory(f"r.{index}").attempts() for index in range(2)), 30)
+    assert here.jobs("cancel", "r").returncode == 0
+    assert {read_record(here.directory(f"r.{index}")).state for index in range(2)} == {"cancelled"}  # type: ignore[union-attr]
+
+
+def test_a_run_waits_for_another_and_a_pipeline_is_wired(here: Checkout, slurm: SlurmCluster) -> None:
+    (here.home / "see.py").write_text(
+        "import os, sys\nprint(sys.argv, os.path.exists(sys.argv[2] + '/metrics.jsonl'))\n"
+    )
+    (here.home / "p.yaml").write_text(
+        "name: p\n"
+        "stages:\n"
+        "  first: {job: train_lam, args: --num_steps 20}\n"
+        "  second: {job: see.py, args: --made_by {first}, set: [nodes=1, processes_per_node=1]}\n".replace(
+            "{first}", '"{first}"'
+        )
+        .replace("args: --made_by", "args: [--made_by,")
+        .replace('"{first}"', '"{first}"]')
+    )
+    dry = here.run("submit", "--cluster", "slurm.yaml", "--pipeline", "p.yaml", "--dry-run")
+    assert "afterok:<job of p-first>" in dry.stdout, dry.stderr
+    done = here.run("submit", "--cluster", "slurm.yaml", "--pipeline", "p.yaml")
+    assert done.returncode == 0, done.stderr
+    shown = here.jobs("status", "p-second").stdout
+    assert "it waits for the run before it to finish" in shown
+    after = here.run(
+        "submit", "--cluster", "slurm.yaml", "--name", "third", "--after", "p-second", "train_lam", "--num_steps", "1"
+    )
+    assert after.returncode == 0, after.stderr
+    assert here.end("third", seconds=90).state == "finished"
+    first, second = (read_record(here.directory(name)) for name in ("p-first", "p-second"))
+    assert first is not None
+    assert second is not None
+    assert first.attempts[0].ended <= second.attempts[0].started  # type: ignore[operator]
+    assert here.directory("p-second").log(1, 0).read_text().split()[-1] == "True"
+    assert here.run("submit", "--cluster", "slurm.yaml", "--after", "none", "train_lam").returncode == 2
+
+
+def test_an_exported_script_and_the_shipped_ones_need_no_launcher(here: Checkout, slurm: SlurmCluster) -> None:
+    job = here.home / "by hand.py"
+    job.write_text(
+        "import os, pathlib, sys\n"
+        "run = pathlib.Path(os.environ.get('JASMINE_RUN_DIR') or sys.argv[-1])\n"
+        "(run / f\"seen-{os.environ['SLURM_PROCID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}\").touch()\n"
+        "sys.exit(75 if os.environ.get('SLURM_RESTART_COUNT', '0') == '0' else 0)\n"
+    )
+    exported = ["--cluster", "slurm.yaml", "--name", "by-hand", "--export-sbatch", "x.sbatch", "by hand.py"]
+    assert here.run("submit", *exported).returncode == 0
+    again = here.run("submit", *exported)
+    assert (again.returncode, "it exists" in again.stderr) == (2, True)
+
+    def submitted_by_hand(*argv: str) -> str:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *argv], cwd=here.home, env=here.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    wrappers = here.root / "launch" / "sbatch"
+    (here.home / ".venv" / "bin").mkdir(parents=True)
+    (here.home / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    ids = {"x": submitted_by_hand("x.sbatch")}
+    for name in ("single_node", "multi_node", "multi_node_requeue"):
+        (here.home / name).mkdir()
+        ids[name] = submitted_by_hand(
+            "--gpus-per-node=1", "--cpus-per-task=1", str(wrappers / f"{name}.sbatch"), str(job), name
+        )
+    state = {"x": "COMPLETED", "single_node": "FAILED", "multi_node": "FAILED", "multi_node_requeue": "COMPLETED"}
+    for name, expected in state.items():
+        wait_until(lambda name=name, expected=expected: slurm.job_state(ids[name]) == expected, 60)  # type: ignore[misc]
+    assert sorted(p.name for p in here.directory("by-hand").root.glob("seen-*")) == [
+        f"seen-{process}-{restart}" for process in range(4) for restart in range(2)
+    ]
+    assert sorted(p.name for p in (here.home / "multi_node_requeue").iterdir()) == [
+        "seen-0-0",
+        "seen-0-1",
+        "seen-1-0",
+        "seen-1-1",
+    ]
+    assert sorted(p.name for p in (here.home / "multi_node").iterdir()) == ["seen-0-0", "seen-1-0"]

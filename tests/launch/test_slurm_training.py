@@ -114,7 +114,7 @@ def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
     run = login.submit("--set", "hang_timeout=6", "--set", "heartbeat_timeout=100", "--", "--num_steps", "3000")
     login.at_step(run, 3)
     os.kill(int(run.pid_file(1, 3).read_text()), signal.SIGSTOP)
-    wait_until(lambda: "resumed" in [event["event"] for event in run.events()], 90)
+    wait_until(lambda: len(jobs.events(run.root, "preflight")) == 2, 90)
     (hang,) = jobs.events(run.root, "hang")
     assert (hang["host"], hang["node"]) == (3, "127.0.0.12")
     assert "is stopped (SIGSTOP)" in run.stacks(1, 3).read_text()
@@ -123,7 +123,6 @@ def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
 
 
 def test_a_machine_without_its_devices_is_named_and_left_out(login: Login) -> None:
-    (login.home / "setup").write_text("")
     wrong = "--set", "env.JASMINE_LOCAL_DEVICES=2"
     run = login.submit(*wrong, "--set", "max_failures=0", "--", "--num_steps", "5")
     lives = Watch(run, seconds=0.5)
