@@ -5,6 +5,7 @@ defaults, the file, `JASMINE_STORAGE` (for `storage`) and `--set KEY=VALUE`. A k
 error, never ignored: a misspelt limit that silently does not apply costs more than a refused submission.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from launch.errors import UserError, did_you_mean
 
@@ -202,6 +212,12 @@ AnyCluster = LocalCluster | SlurmCluster
 BACKENDS: dict[str, type[AnyCluster]] = {"local": LocalCluster, "slurm": SlurmCluster}
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the schema of a cluster file, for editors; `cluster_configs/schema.json` holds it."""
+    schema = TypeAdapter(Annotated[AnyCluster, Field(discriminator="backend")]).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A Jasmine cluster", **schema}
+
+
 def cluster_names() -> list[str]:
     """Return the names that `--cluster` takes, sorted."""
     return sorted(path.stem for path in CLUSTER_DIR.glob("*.yaml"))
@@ -328,3 +344,7 @@ def _one_line(error: ValidationError, schema: type[AnyCluster], where: Callable[
         return f"{where(key)}: {key}: {first['msg'].removeprefix('Value error, ')}"
     shown = ".".join(map(str, first["loc"])) if key == "env" else key
     return f"{where(key)}: {shown} is {first['input']!r}; expected {schema.model_fields[key].description}"
+
+
+if __name__ == "__main__":  # python -m launch.config > cluster_configs/schema.json
+    print(json.dumps(json_schema(), indent=1))

@@ -392,17 +392,23 @@ class _Supervisor:
             if attempt.outcome is None:
                 attempt.ended = time.time()
                 attempt.outcome = "preempted"
-                down = [node for node in dict.fromkeys(attempt.nodes) if _is_down(node)]
-                for node in down:
-                    self.record.blames.append(Blame(node=node, reason="its node went down", time=time.time()))
-                    self.run.append_event("blamed", attempt=attempt.number, node=node, reason="its node went down")
-                attempt.cause = f"lost its node {', '.join(down)}" if down else "Slurm took it from its nodes"
+                attempt.cause = self._blame_lost_nodes(attempt) or "Slurm took it from its nodes"
                 self.run.append_event("preempted", attempt=attempt.number, cause=attempt.cause)
+
+    def _blame_lost_nodes(self, attempt: Attempt) -> str | None:
+        """Note the nodes of an attempt that are down; return a line about them, None where there are none."""
+        down = [node for node in dict.fromkeys(attempt.nodes) if _is_down(node)]
+        for node in down:
+            self.record.blames.append(Blame(node=node, reason="it went down", time=time.time()))
+            self.run.append_event("blamed", attempt=attempt.number, node=node, reason="it went down")
+        return f"lost its node {', '.join(down)}" if down else None
 
     def _why_warned(self) -> str:
         """Return why Slurm asked the processes to leave, as far as it can be told."""
         if self.asked:
             return "asked to leave"
+        if lost := self._blame_lost_nodes(self.record.attempts[-1]):
+            return lost
         if self._ended_by_slurm():
             return "ended by Slurm: cancelled, requeued by hand or out of time to save"
         # The warning may come up to a minute early.

@@ -5,16 +5,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.clusters.slurm import PACKAGES, SlurmCluster, missing_programs, running_cluster
+from tests.clusters.slurm import PACKAGES, SlurmCluster, missing_programs, networks_allowed, running_cluster
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
-    """Four nodes with eight GPUs each, shared by all tests of a session."""
+def _need_slurm() -> None:
     if missing := missing_programs():
         reason = f"no Slurm here: {', '.join(missing)} missing (apt-get install {PACKAGES})"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """Four nodes with eight GPUs each, shared by all tests of a session."""
+    _need_slurm()
     with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm_with_cables() -> Iterator[SlurmCluster]:
+    """Three nodes, each with a network of its own, and a controller that gives up a silent node after ten seconds."""
+    _need_slurm()
+    if not networks_allowed():
+        pytest.skip("network namespaces cannot be made here (they need root)")
+    with running_cluster(nodes=3, slurmd_timeout=10, own_networks=True) as cluster:
         yield cluster

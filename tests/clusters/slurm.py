@@ -6,6 +6,8 @@ resolves without a hosts file. GPUs are entries of gres.conf that point to /dev/
 CUDA_VISIBLE_DEVICES as it would for real ones.
 
 Daemons are children in the foreground, ended by their process ids.
+
+With `own_networks` every node has a network namespace of its own, joined by a bridge, so that a cable can be pulled.
 """
 
 import contextlib
@@ -20,21 +22,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "slurm-wlm munge"
 
 _CONF = """\
 ClusterName={name}
-SlurmctldHost={hostname}(127.0.0.1)
+SlurmctldHost={hostname}({address})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={root}/run/munge.socket,cred_expire=5
-CommunicationParameters=NoCtldInAddrAny
-StateSaveLocation={root}/state
+{binding}StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd-%n.pid
@@ -81,9 +83,14 @@ class SlurmCluster:
     a time limit of one minute.
     """
 
-    def __init__(self, nodes: int = 4, gpus: int = 8, grace: int = 30, slurmd_timeout: int = 30) -> None:
+    def __init__(
+        self, nodes: int = 4, gpus: int = 8, grace: int = 30, slurmd_timeout: int = 30, own_networks: bool = False
+    ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.nodes = [f"127.0.0.{11 + index}" for index in range(nodes)]
+        self._subnet = random.randrange(256) if own_networks else None
+        prefix = "127.0.0" if self._subnet is None else f"10.213.{self._subnet}"
+        self.address = f"{prefix}.1"
+        self.nodes = [f"{prefix}.{11 + index}" for index in range(nodes)]
         self.conf = self.root / "slurm.conf"
         self.env = {"SLURM_CONF": str(self.conf)}
         self._settings = {"slurmd_timeout": slurmd_timeout}
@@ -108,6 +115,7 @@ class SlurmCluster:
             f"--seed-file={munge}/munged.seed",
         )  # fmt: skip
         self._wait(lambda: (munge / "munge.socket").exists(), 10, "munged has no socket")
+        self._make_networks()
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
@@ -116,11 +124,14 @@ class SlurmCluster:
     def stop(self) -> None:
         """End all jobs and daemons and remove the cluster's directory."""
         with contextlib.suppress(subprocess.SubprocessError, OSError, AssertionError):
+            for node in self.nodes if self._subnet is not None else []:
+                self.plug_cable(node)  # what the node still runs has to hear that it is over
             self.start_controller()
             self.command("scancel", "-f", "-u", getpass.getuser(), check=False)
             self._wait(lambda: not self.command("squeue", "-h").strip(), 20, "jobs do not end")
         for name in sorted(self._daemons, key=lambda name: (name == "munged", name == "slurmctld")):
             self._end(name, signal.SIGTERM)
+        self._remove_networks()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def start_controller(self) -> None:
@@ -137,11 +148,20 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
         (self.root / "spool" / node).mkdir(exist_ok=True)
-        self._spawn("slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
+        inside = [] if self._subnet is None else ["ip", "netns", "exec", self._network(node)]
+        self._spawn(*inside, "slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
         """Kill a node's slurmd; what it had started lives on, as after a crash of the daemon."""
         self._end(node, signal.SIGKILL)
+
+    def pull_cable(self, node: str) -> None:
+        """Cut a node with a network of its own off from all others; its processes live on."""
+        _ip("link", "set", self._cable(node), "down")
+
+    def plug_cable(self, node: str) -> None:
+        """Undo `pull_cable`."""
+        _ip("link", "set", self._cable(node), "up")
 
     # --- what a user does --------------------------------------------------------------------------------------
 
@@ -160,6 +180,41 @@ class SlurmCluster:
         words = self.command("scontrol", "-o", "show", "job", job, check=False).split()
         return next((word.partition("=")[2] for word in words if word.startswith("JobState=")), "")
 
+    def _network(self, node: str) -> str:
+        return f"jasmine-{self._subnet}-{node.rpartition('.')[2]}"
+
+    def _cable(self, node: str) -> str:
+        return f"jas{self._subnet}-{node.rpartition('.')[2]}"
+
+    def _make_networks(self) -> None:
+        if self._subnet is None:
+            return
+        bridge = f"jas{self._subnet}"
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.address}/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for node in self.nodes:
+            network, cable = self._network(node), self._cable(node)
+            _ip("netns", "add", network)
+            _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", network)
+            _ip("link", "set", cable, "master", bridge, "up")
+            _ip("-n", network, "addr", "add", f"{node}/24", "dev", "eth0")
+            _ip("-n", network, "link", "set", "eth0", "up")
+            _ip("-n", network, "link", "set", "lo", "up")
+
+    def _remove_networks(self) -> None:
+        if self._subnet is None:
+            return
+        for node in self.nodes:
+            # A step's daemon that was cut off from its controller keeps trying to reach it.
+            left = subprocess.run(["ip", "netns", "pids", self._network(node)], capture_output=True, text=True).stdout
+            for pid in left.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            _ip("link", "del", self._cable(node), check=False)
+            _ip("netns", "del", self._network(node), check=False)
+        _ip("link", "del", f"jas{self._subnet}", check=False)
+
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _configure(self) -> None:
@@ -167,6 +222,8 @@ class SlurmCluster:
         text = _CONF.format(
             name=f"lab{ports[0]}",
             hostname=socket.gethostname(),
+            address=self.address,
+            binding="CommunicationParameters=NoCtldInAddrAny\n" if self._subnet is None else "",
             port=ports[0],
             user=getpass.getuser(),
             root=self.root,
@@ -223,7 +280,7 @@ class SlurmCluster:
 
 
 @contextlib.contextmanager
-def running_cluster(**options: int) -> Iterator[SlurmCluster]:
+def running_cluster(**options: Any) -> Iterator[SlurmCluster]:
     """A cluster that is up inside the `with` block, and gone after it."""
     cluster = SlurmCluster(**options)
     try:
@@ -231,6 +288,26 @@ def running_cluster(**options: int) -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+def networks_allowed() -> bool:
+    """Return whether this machine lets us make network namespaces and bridges."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    name = f"jasmine-try-{os.getpid()}"
+    try:
+        _ip("netns", "add", name)
+        _ip("-n", name, "link", "add", "try0", "type", "bridge")
+    except (AssertionError, OSError):
+        return False
+    finally:
+        _ip("netns", "del", name, check=False)
+    return True
+
+
+def _ip(*arguments: str, check: bool = True) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
 def _free_ports(count: int) -> Sequence[int]:

@@ -15,7 +15,7 @@ import pytest
 
 from launch.record import read_record
 from tests.clusters.slurm import SlurmCluster
-from tests.launch.checkouts import Checkout, wait_until
+from tests.launch.checkouts import Checkout, is_alive, wait_until
 
 CLUSTER = """\
 backend: slurm
@@ -437,3 +437,29 @@ def test_an_exported_script_and_the_shipped_ones_need_no_launcher(here: Checkout
         "seen-1-1",
     ]
     assert sorted(p.name for p in (here.home / "multi_node").iterdir()) == ["seen-0-0", "seen-1-0"]
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_outlived_and_its_processes_fenced_off(
+    checkout: Checkout, slurm_with_cables: SlurmCluster
+) -> None:
+    slurm = slurm_with_cables
+    first, lost, spare = slurm.nodes
+    checkout.env |= slurm.env
+    checkout.env["PATH"] = os.environ["PATH"]
+    os.environ |= slurm.env
+    (checkout.home / "slurm.yaml").write_text(CLUSTER)
+    submit(checkout, "--set", "processes_per_node=1", "train_lam", "--num_steps", "600", "--deaf", "1")
+    at_step(checkout, 2, host=1)
+    zombie = checkout.job_pid(host=1)
+    slurm.pull_cable(lost)
+    log = checkout.directory().log(1, 1)
+    wait_until(lambda: checkout.directory().attempts() == [1, 2], 90)
+    record = checkout.end(seconds=90)
+    assert record.state == "finished", checkout.directory().supervisor_log.read_text()
+    assert record.attempts[1].nodes == [first, spare]
+    assert record.attempts[0].outcome != "finished"
+    assert [blame.node for blame in record.blames][:1] == [lost]
+    assert not is_alive(zombie), "a process of attempt 1 lives on beside attempt 2"
+    assert "step 600" not in log.read_text()
+    assert lost in checkout.jobs("status", "r").stdout

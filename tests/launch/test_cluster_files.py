@@ -1,0 +1,64 @@
+"""The cluster files that are shipped, their schema for editors, and what a user is told who gets a Slurm one wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.config import CLUSTER_DIR, SlurmCluster, cluster_names, json_schema, load_cluster
+from launch.errors import UserError
+
+
+def test_the_schema_is_that_of_the_models() -> None:
+    shipped = json.loads((CLUSTER_DIR / "schema.json").read_text())
+    assert shipped == json_schema(), "remake it: python -m launch.config > cluster_configs/schema.json"
+    command = [sys.executable, "-m", "launch.config"]
+    made = subprocess.run(command, cwd=CLUSTER_DIR.parent, capture_output=True, text=True, check=True)
+    assert made.stdout == (CLUSTER_DIR / "schema.json").read_text()
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_every_shipped_file_is_valid_and_names_the_schema(name: str) -> None:
+    load_cluster(name)
+    assert (CLUSTER_DIR / f"{name}.yaml").read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+def test_the_template_has_every_key() -> None:
+    text = (CLUSTER_DIR / "slurm-template.yaml").read_text()
+    keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
+    assert keys == set(SlurmCluster.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gpus_per_node: 8\nprocesses_per_node: 3\n", "gpus_per_node 8 is not a multiple of processes_per_node 3"),
+        ("processes_per_node: gpu\n", "processes_per_node is 'gpu' but gpus_per_node is 0"),
+        ("partiton: gpu\n", "unknown key 'partiton'; did you mean 'partition'?"),
+        ("time_limit: tomorrow\n", "c.yaml:2: time_limit: 'tomorrow' is no time as sbatch takes it"),
+        (
+            "env: {WANDB_API_KEY: abc}\n",
+            "WANDB_API_KEY looks like a secret, and would be stored: name it under secrets",
+        ),
+        ("env: {JAX_PROCESS_ID: 1}\n", "JAX_PROCESS_ID is set by the launcher"),
+        ("extra: [exclusive]\n", "'exclusive' is no option of sbatch"),
+        ('partition: "a\\nb"\n', "partition is 'a\\nb'; expected a partition's name"),
+        ("nodes: 0\n", "c.yaml:2: nodes is 0; expected a whole number, at least 1"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "c.yaml").write_text("backend: slurm\n" + text)
+    with pytest.raises(UserError) as refused:
+        load_cluster(str(tmp_path / "c.yaml"))
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_times_are_written_as_slurm_writes_them(tmp_path: Path) -> None:
+    for typed, meant in (("12:00:00", "12:00:00"), ("90", "90"), ('"2-00:00:00"', "2-00:00:00"), ("1:30", "1:30")):
+        (tmp_path / "c.yaml").write_text(f"backend: slurm\ntime_limit: {typed}\nenv: {{TOKENIZERS_PARALLELISM: 0}}\n")
+        _, settings = load_cluster(str(tmp_path / "c.yaml"))
+        assert isinstance(settings, SlurmCluster)
+        assert settings.time_limit == meant

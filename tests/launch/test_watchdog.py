@@ -1,0 +1,45 @@
+"""When a job hangs, and who is to blame; time is told, not waited for."""
+
+from launch.watchdog import Hang, Watchdog
+
+
+def beats(
+    steps: list[int], now: float, doing: str = "stepping", silent: int | None = None
+) -> dict[int, dict[str, object]]:
+    return {
+        host: {"time": now - (60 if host == silent else 0), "step": step, "doing": doing}
+        for host, step in enumerate(steps)
+    }
+
+
+def test_steps_are_progress_and_nothing_else_is() -> None:
+    dog = Watchdog("auto")
+    for second in range(0, 600, 10):
+        assert dog.look(beats([second, second], second), second, [1.0]) is None
+    assert dog.look(beats([590, 590], 700), 700, [1.0]) is None, "120 seconds at least"
+    assert dog.look(beats([590, 590], 711), 711, [1.0]) == Hang(
+        None, "no progress for 121 s at step 590 (stepping); no process stands out"
+    )
+    assert dog.look(beats([590, 590], 711), 711, [30.0]) is None, "ten steps of half a minute are not over"
+
+
+def test_the_process_that_is_behind_or_silent_is_named() -> None:
+    for at, silent, host in (([7, 7, 5, 7], None, 2), ([7, 7, 7, 7], 3, 3), ([7, 7, 5, 7], 2, 2)):
+        dog = Watchdog(20)
+        assert dog.look(beats(at, 0), 0, []) is None
+        found = dog.look(beats(at, 21, silent=silent), 21, [])
+        assert found is not None
+        assert found.host == host
+
+
+def test_what_takes_long_by_nature_has_longer() -> None:
+    dog = Watchdog(20)
+    dog.look(beats([3, 3], 0, "compiling"), 0, [])
+    assert dog.look(beats([3, 3], 199, "compiling"), 199, []) is None
+    assert dog.look(beats([3, 3], 201, "compiling"), 201, []) is not None
+
+
+def test_a_job_that_tells_nothing_is_left_alone() -> None:
+    dog = Watchdog(1)
+    assert dog.look({}, 0, []) is None
+    assert dog.look({}, 10_000, []) is None
