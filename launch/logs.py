@@ -31,17 +31,25 @@ def show_logs(run: RunDir, attempt: int, hosts: list[int], write: Print, *, pref
 
 
 def follow_logs(
-    run: RunDir, first_attempt: int, write: Print, announce: Print, *, host: int | None = None, prefix: bool
+    run: RunDir,
+    first_attempt: int,
+    write: Print,
+    announce: Print,
+    *,
+    host: int | None = None,
+    prefix: bool,
+    is_live: Callable[[], bool] | None = None,
 ) -> None:
     """Write lines of all attempts from `first_attempt` on as they come; return when nothing of the run lives.
 
     Args:
         announce: gets one line about each attempt after the first.
         host: show only this host; None for all.
+        is_live: whether more is to come; None looks at the run.
     """
     tails: dict[Path, _Tail] = {}
     announced = {first_attempt}
-    is_live = Watch(run)
+    is_live = is_live or Watch(run)
     while True:
         live = is_live()  # before reading, so that the last lines are not missed
         for attempt in [number for number in run.attempts() if number >= first_attempt]:

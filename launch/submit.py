@@ -10,6 +10,7 @@ job's submission the run's lock is held, so two submissions of one name cannot b
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -110,6 +111,10 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(requests[0].backend.preview([plan_for(request) for request in requests]), end="")
         return 0
+    if options.interactive:
+        if len(requests) > 1 or settings.backend != "slurm" or after:
+            raise UserError("--interactive is for one run on a Slurm cluster")
+        return _carry_out_here(requests[0])
     return carry_out(requests, wait=options.wait)
 
 
@@ -314,6 +319,41 @@ def carry_out(requests: Sequence[Request], *, wait: bool) -> int:
     return _wait_for(requests[0].run, plan) if wait else 0
 
 
+def _carry_out_here(request: Request) -> int:
+    """Run one attempt in an allocation, show what it prints, and return its exit code; Ctrl-C saves and stops it."""
+    from launch.backends import slurm
+
+    plan_for(request)
+    run, past = request.run, read_record(request.run)
+    lock = _take(run)
+    try:
+        plan = _record_submission(request)
+        attempt = slurm.start_interactively(plan, run)
+    except (OSError, UserError) as error:
+        _undo(run, past)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{run.root}: cannot be written: {error.strerror}") from error
+    finally:
+        os.close(lock)
+    show = functools.partial(print, flush=True)
+    while True:
+        try:
+            follow_logs(
+                run, plan.first_attempt, show, show, prefix=len(plan.hosts) > 1, is_live=lambda: attempt.poll() is None
+            )
+            break
+        except KeyboardInterrupt:
+            print("\nsaving and stopping", file=sys.stderr)
+            run.cancel_request.touch()
+    record = read_standing(run).record
+    print(f"{run.name}: {record.state}{f': {record.reason}' if record.reason else ''}", file=sys.stderr)
+    if record.exit_code is None:
+        print(f"see {run.supervisor_log}", file=sys.stderr)
+        return 1
+    return record.exit_code
+
+
 def _take(run: RunDir) -> int:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -453,6 +493,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--export-sbatch", metavar="FILE", help="write a batch script that needs no launcher, submit nothing"
     )
+    parser.add_argument("--interactive", action="store_true",
+                        help="run in this shell's Slurm allocation, or in a new one, and show the output")  # fmt: skip
     parser.add_argument("--wait", action="store_true", help="show the job's output and return its exit code")
     return parser
 

@@ -256,6 +256,41 @@ def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
     return f"Slurm job {job.job_id}"
 
 
+def start_interactively(plan: Plan, run: RunDir) -> "subprocess.Popen[bytes]":
+    """Start one attempt of a run in the allocation that this shell has, or in one that salloc waits for; return the process
+    that lasts as long as the attempt.
+
+    Raises:
+        UserError: the allocation does not have the nodes, or there is no Slurm here.
+    """
+    settings = _settings(plan)
+    attempt = [plan.argv[0], str(plan.code_dir / "launch" / "backends" / "slurm_attempt.py")]
+    attempt += ["--run_dir", str(run.root), "--interactive"]
+    if "SLURM_JOB_ID" in os.environ:
+        have = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        if have != settings.nodes:
+            raise UserError(
+                f"this allocation has {have} node(s) and the run wants {settings.nodes}: --set nodes={have}"
+            )
+        command, environment = attempt, dict(os.environ)
+    else:
+        header = [
+            line.removeprefix("#SBATCH ") for line in batch_script([plan]).splitlines() if line.startswith("#SBATCH")
+        ]
+        skipped = ("--output", "--open-mode", "--requeue", "--export", "--signal")
+        options = [word for line in header for word in shlex.split(line) if not word.startswith(skipped)]
+        command, environment = ["salloc", *options, *attempt], scrubbed(os.environ)
+    try:
+        with run.supervisor_log.open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+    except FileNotFoundError as error:
+        raise UserError(
+            "there is no Slurm here (salloc is not on the PATH): --interactive needs a login node"
+        ) from error
+
+
 def _complaint(text: str) -> str:
     """Return the lines of sbatch's complaint as one, without its prefixes."""
     lines = [line.partition("error: ")[2] or line for line in text.splitlines() if "error:" in line]

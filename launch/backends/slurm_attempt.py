@@ -56,6 +56,9 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument(
+        "--interactive", action="store_true", help="in an allocation that is not ours: never requeue it"
+    )
     options = parser.parse_args()
     run = RunDir(options.run_dir)
     lock = _lock(run)
@@ -68,11 +71,14 @@ def main() -> int:
         print(f"{run.root}: no submission is recorded here any more", flush=True)
         return 1
     plan = record.submissions[-1].plan
+    if options.interactive:
+        run.slurm_job.parent.mkdir(exist_ok=True)
+        write_atomically(run.slurm_job, f"{os.environ['SLURM_JOB_ID']}\n")
     if plan.settings["backend"] != "slurm" or not _is_newest_submission(run):
         print(f"{run.name}: submitted again since; this job has nothing to do", flush=True)
         return 0
     try:
-        return _Supervisor(plan, run, record).run_attempt()
+        return _Supervisor(plan, run, record, interactive=options.interactive).run_attempt()
     finally:
         os.close(lock)
 
@@ -103,8 +109,8 @@ def _lock(run: RunDir) -> int:
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, run: RunDir, record: RunRecord) -> None:
-        self.plan, self.run, self.record = plan, run, record
+    def __init__(self, plan: Plan, run: RunDir, record: RunRecord, *, interactive: bool) -> None:
+        self.plan, self.run, self.record, self.interactive = plan, run, record, interactive
         self.settings = SlurmCluster.model_validate(plan.settings)
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.node = os.environ.get("SLURMD_NODENAME", "")
@@ -159,6 +165,8 @@ class _Supervisor:
             f"--ntasks-per-node={per_node}", "--distribution=block", "--export=ALL", "--kill-on-bad-exit=1",
             "--unbuffered", "--mpi=none",
         ]  # fmt: skip
+        if self.interactive:
+            command.append("--overlap")  # the shell in the allocation may be a step itself
         if self.settings.gpus_per_node:
             command.append(f"--gpus-per-node={self.settings.gpus_per_node}")
         if self.settings.cpus_per_node:
@@ -323,13 +331,16 @@ class _Supervisor:
         }
         before = [one for one in self.record.attempts[:-1] if one.number >= self.plan.first_attempt]
         spent = sum(one.outcome == attempt.outcome for one in before)
-        if self.asked is None and attempt.outcome != "finished" and self._ended_by_slurm():
+        own_job = not self.interactive
+        if own_job and self.asked is None and attempt.outcome != "finished" and self._ended_by_slurm():
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
             return exit_code(attempt)
         end = ending_after(attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome])
         if end is not None:
             return self._end(end.state, end.code, end.reason)
+        if self.interactive:
+            return self._end(attempt.outcome, exit_code(attempt), "an interactive run is not started again")
         self.record.reason = (
             f"attempt {attempt.number} {attempt.outcome}: {attempt.cause or 'goes on from its last checkpoint'}"
         )

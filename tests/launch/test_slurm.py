@@ -439,6 +439,24 @@ def test_an_exported_script_and_the_shipped_ones_need_no_launcher(here: Checkout
     assert sorted(p.name for p in (here.home / "multi_node").iterdir()) == ["seen-0-0", "seen-1-0"]
 
 
+def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout, slurm: SlurmCluster) -> None:
+    interactive = ["--cluster", "slurm.yaml", "--set", "processes_per_node=1", "--interactive"]
+    done = here.run("submit", *interactive, "--name", "salloc", "train_lam", "--num_steps", "3")
+    assert done.returncode == 0, done.stderr + here.directory("salloc").supervisor_log.read_text()
+    assert "[host-1] step 3" in done.stdout
+    assert "salloc: finished" in done.stderr
+
+    inside = here.argv(
+        "submit", *interactive, "--name", "inside", "train_lam", "--crash_at", "1", "--crash_attempts", "9"
+    )
+    in_allocation = ["salloc", "-N2", "--ntasks-per-node=1", "--cpus-per-task=4", "--gpus-per-node=4", *inside]
+    crashed = subprocess.run(in_allocation, cwd=here.home, env=here.env, capture_output=True, text=True)
+    assert crashed.returncode == 1, crashed.stderr
+    assert "ValueError: no more at step 1" in crashed.stdout
+    assert read_record(here.directory("inside")).state == "failed"  # type: ignore[union-attr]
+    assert len(here.directory("inside").attempts()) == 1
+
+
 @pytest.mark.slow
 def test_a_lost_node_is_outlived_and_its_processes_fenced_off(
     checkout: Checkout, slurm_with_cables: SlurmCluster
