@@ -13,6 +13,7 @@ BENCHMARKS = {
     "data_layout": "layouts",
     "dataloader": "ratio_raw",
     "sampling": "maskgit_dim128_batch1",
+    "slurm": "lost_by_hang",
     "startup": "1x1_warm",
     "train_step": "baselines",
 }
