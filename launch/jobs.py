@@ -238,6 +238,8 @@ def explain(options: argparse.Namespace) -> int:
     go_on = f"To go on: {jobs_command('resume', run)}"
     reason = f" ({record.reason})" if record.reason else ""
     seen = standing.seen
+    if not reason and seen.detail and record.state not in ACTIVE:
+        reason = f" ({seen.detail})"  # its supervisor could not write down how it ended
     if record.state == "submitted" and seen.detail:
         text = f"It is in the queue, {seen.detail}.{_blamed(record)}"
     elif record.state in ACTIVE:
@@ -251,7 +253,7 @@ def explain(options: argparse.Namespace) -> int:
         last_words = _last_line(run.supervisor_log)
         said = f"; the last line it wrote is: {last_words}" if last_words else ""
         text = f"Its supervisor is gone without a word: killed, or its machine went down{said}."
-        text += f" {seen.detail}." if seen.detail else ""
+        text += f" {seen.detail[0].upper()}{seen.detail[1:]}." if seen.detail else ""
         text += f" The last checkpoint stands. {go_on}"
     elif record.state == "failed":
         text = f"{_failure(run, record)}{reason}. Mend what that names; the last checkpoint stands. {go_on}{_blamed(record)}"
@@ -370,6 +372,8 @@ def _progress_line(run: RunDir, record: RunRecord, plan: Plan) -> str:
     if isinstance(metrics.get("frames_per_second"), int | float):
         words.append(f"{metrics['frames_per_second']:,.0f} frames/s")
     times = [line["step_time"] for line in last_json_lines(run.metrics, 20) if isinstance(line.get("step_time"), float)]
+    if record.state == "running" and times:
+        words.append(f"{1 / statistics.median(times):.3g} steps/s")
     if record.state == "running" and total is not None and times:
         words.append(f"about {_duration((total - step) * statistics.median(times))} to go")
     return ", ".join(words)

@@ -128,6 +128,10 @@ def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: 
     from submitit.slurm.slurm import _make_sbatch_string  # the pure part of submitit's executor: needs no srun
 
     plan, settings = plans[0], _settings(plans[0])
+    if "\n" in plan.run_dir + plan.cwd:
+        raise UserError(
+            f"{plan.run_dir!r}: sbatch takes no path with a line break in it; choose another storage or directory"
+        )
     verbatim = [f"#SBATCH {line}" for line in settings.extra]
     parameters = _executor_parameters(plan, settings)
     if output is not None:

@@ -131,7 +131,7 @@ class _Supervisor:
             number=number,
             processes=len(self.plan.hosts),
             devices_per_process="auto",
-            devices=f"{self.settings.gpus_per_node // on_a_node} GPUs" if self.settings.gpus_per_node else None,
+            devices=f"{self.settings.gpus_per_node // on_a_node} GPU" if self.settings.gpus_per_node else "CPU",
             code=self.plan.code.hash,
             nodes=[node for node in nodes for _ in range(on_a_node)],
             started=time.time(),

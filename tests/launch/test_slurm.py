@@ -85,7 +85,7 @@ def test_two_nodes_with_two_processes_each_run_to_the_end(here: Checkout, slurm:
     ]
     assert events(here)[:2] == ["submitted", "attempt_started"]
     wait_until(lambda: slurm.job_state(job_id(here)) == "COMPLETED")
-    assert "4×2 GPUs finished" in here.jobs("status", "r").stdout
+    assert "4×2 GPU finished" in here.jobs("status", "r").stdout
     assert "[host-3] step 5" in here.jobs("logs", "r").stdout
     assert "finished" in here.jobs("list").stdout
 
@@ -145,7 +145,8 @@ def test_the_dry_run_is_what_is_submitted_and_needs_no_slurm(here: Checkout) -> 
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "no Slurm here" in refused.stderr
     assert not here.directory().root.exists(), "a refused submission left something behind"
-    assert here.run("submit", *arguments).returncode == 0
+    shown = here.run("submit", *arguments[:4], "--wait", *arguments[4:])
+    assert (shown.returncode, "[host-3] step 1" in shown.stdout) == (0, True), shown.stderr
     (script,) = here.directory().root.glob("slurm/*submission.sh")
     assert script.read_bytes() == dry.stdout
     assert here.end().state == "finished"
@@ -455,6 +456,23 @@ def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout
     assert "ValueError: no more at step 1" in crashed.stdout
     assert read_record(here.directory("inside")).state == "failed"  # type: ignore[union-attr]
     assert len(here.directory("inside").attempts()) == 1
+
+
+def test_a_container_gets_the_job_its_storage_and_its_gpus(here: Checkout) -> None:
+    fake = here.home / "bin" / "apptainer"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$JASMINE_RUN_DIR/apptainer-$SLURM_PROCID"\n'
+        'while [[ $1 != image.sif ]]; do shift; done; shift; exec "$@"\n'
+    )
+    fake.chmod(0o755)
+    here.env["PATH"] = f"{fake.parent}:{here.env['PATH']}"
+    container = ["container=image.sif", "container_mounts=[/data:/d]", f"python={sys.executable}"]
+    submit(here, *(part for key in container for part in ("--set", key)), "train_lam", "--num_steps", "2")
+    assert here.end().state == "finished", here.directory().supervisor_log.read_text()
+    said = (here.directory().root / "apptainer-3").read_text().splitlines()
+    runs = str(here.home / "runs")
+    assert said[:5] == ["exec", "--nv", f"--bind={runs}:{runs}", f"--bind={here.home}:{here.home}", "--bind=/data:/d"]
 
 
 @pytest.mark.slow
