@@ -5,7 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.clusters.slurm import PACKAGES, SlurmCluster, missing_programs, networks_allowed, running_cluster
+from tests.clusters.slurm import (
+    ACCOUNT_PACKAGES,
+    ACCOUNT_PROGRAMS,
+    PACKAGES,
+    SlurmCluster,
+    missing_programs,
+    networks_allowed,
+    running_cluster,
+)
 
 
 def _need_slurm() -> None:
@@ -21,6 +29,19 @@ def slurm() -> Iterator[SlurmCluster]:
     """Four nodes with eight GPUs each, shared by all tests of a session."""
     _need_slurm()
     with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm_with_accounts() -> Iterator[SlurmCluster]:
+    """Two nodes and slurmdbd; the controller forgets a job two seconds after its end."""
+    _need_slurm()
+    if missing := missing_programs(ACCOUNT_PROGRAMS):
+        reason = f"no accounts of Slurm here: {', '.join(missing)} missing (apt-get install {ACCOUNT_PACKAGES})"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with running_cluster(nodes=2, accounts=True) as cluster:
         yield cluster
 
 

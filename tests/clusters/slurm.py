@@ -26,6 +26,23 @@ from typing import Any
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PACKAGES = "slurm-wlm munge"
+ACCOUNT_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "my_print_defaults", "sacct", "sacctmgr")
+ACCOUNT_PACKAGES = "slurmdbd mariadb-server-core mariadb-client"
+
+_ACCOUNTS_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser={user}
+LogFile={root}/log/slurmdbd.log
+PidFile={root}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+StorageLoc=slurm
+"""
 
 _CONF = """\
 ClusterName={name}
@@ -47,7 +64,7 @@ MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/{accounts}
 JobCompType=jobcomp/none
 MailProg=/bin/true
 SelectType=select/cons_tres
@@ -61,7 +78,7 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
-MinJobAge=3600
+MinJobAge={min_job_age}
 SlurmdTimeout={slurmd_timeout}
 MessageTimeout=10
 JobRequeue=1
@@ -70,10 +87,10 @@ FirstJobId={first_job}
 """
 
 
-def missing_programs() -> list[str]:
-    """Return the programs of Slurm and munge that this machine lacks."""
+def missing_programs(programs: Sequence[str] = PROGRAMS) -> list[str]:
+    """Return those of `programs` that this machine lacks."""
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian keeps daemons
-    return [program for program in PROGRAMS if shutil.which(program) is None]
+    return [program for program in programs if shutil.which(program) is None]
 
 
 class SlurmCluster:
@@ -84,7 +101,13 @@ class SlurmCluster:
     """
 
     def __init__(
-        self, nodes: int = 4, gpus: int = 8, grace: int = 30, slurmd_timeout: int = 30, own_networks: bool = False
+        self,
+        nodes: int = 4,
+        gpus: int = 8,
+        grace: int = 30,
+        slurmd_timeout: int = 30,
+        own_networks: bool = False,
+        accounts: bool = False,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
         self._subnet = random.randrange(256) if own_networks else None
@@ -94,7 +117,7 @@ class SlurmCluster:
         self.conf = self.root / "slurm.conf"
         self.env = {"SLURM_CONF": str(self.conf)}
         self._settings = {"slurmd_timeout": slurmd_timeout}
-        self._gpus, self._grace = gpus, grace
+        self._gpus, self._grace, self._accounts = gpus, grace, accounts
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # --- life --------------------------------------------------------------------------------------------------
@@ -116,6 +139,8 @@ class SlurmCluster:
         )  # fmt: skip
         self._wait(lambda: (munge / "munge.socket").exists(), 10, "munged has no socket")
         self._make_networks()
+        if self._accounts:
+            self._start_accounts()
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
@@ -129,7 +154,7 @@ class SlurmCluster:
             self.start_controller()
             self.command("scancel", "-f", "-u", getpass.getuser(), check=False)
             self._wait(lambda: not self.command("squeue", "-h").strip(), 20, "jobs do not end")
-        for name in sorted(self._daemons, key=lambda name: (name == "munged", name == "slurmctld")):
+        for name in sorted(self._daemons, key=_last_to_stop):
             self._end(name, signal.SIGTERM)
         self._remove_networks()
         shutil.rmtree(self.root, ignore_errors=True)
@@ -180,6 +205,35 @@ class SlurmCluster:
         words = self.command("scontrol", "-o", "show", "job", job, check=False).split()
         return next((word.partition("=")[2] for word in words if word.startswith("JobState=")), "")
 
+    def _start_accounts(self) -> None:
+        """Start MariaDB, without any port, and slurmdbd on top of it."""
+        data, socket_path, user = self.root / "db", self.root / "run" / "db.socket", getpass.getuser()
+        install = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={user}", "--skip-test-db"]
+        subprocess.run([*install, f"--auth-root-socket-user={user}"], check=True, capture_output=True)
+        self._spawn(
+            "mariadbd", "--no-defaults", f"--datadir={data}", f"--socket={socket_path}", "--skip-networking",
+            f"--user={user}", f"--pid-file={self.root}/run/db.pid", "--innodb-buffer-pool-size=32M",
+        )  # fmt: skip
+        self._wait(socket_path.exists, 30, "mariadbd has no socket")
+        conf = self.root / "slurmdbd.conf"
+        (port,) = _free_ports(1)
+        conf.write_text(_ACCOUNTS_CONF.format(root=self.root, port=port, user=user))
+        conf.chmod(0o600)
+        with self.conf.open("a") as file:
+            file.write(
+                f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={port}\n"
+                f"AccountingStoragePass={self.root}/run/munge.socket\n"
+            )
+        # slurmdbd takes the database's socket from the environment only.
+        self._spawn("slurmdbd", "-D", MYSQL_UNIX_PORT=str(socket_path), MARIADB_UNIX_PORT=str(socket_path))
+        cluster = self.conf.read_text().partition("ClusterName=")[2].split()[0]
+
+        def known() -> bool:
+            self.command("sacctmgr", "-i", "add", "cluster", cluster, check=False)
+            return cluster in self.command("sacctmgr", "-n", "list", "cluster", check=False)
+
+        self._wait(known, 40, "slurmdbd does not know the cluster")
+
     def _network(self, node: str) -> str:
         return f"jasmine-{self._subnet}-{node.rpartition('.')[2]}"
 
@@ -228,6 +282,8 @@ class SlurmCluster:
             user=getpass.getuser(),
             root=self.root,
             first_job=random.randrange(1000, 2**25),
+            accounts="slurmdbd" if self._accounts else "none",
+            min_job_age=2 if self._accounts else 3600,
             **self._settings,
         )
         gres = ""
@@ -250,9 +306,9 @@ class SlurmCluster:
         for index in range(self._gpus):
             (self.root / "dev" / f"gpu{index}").symlink_to("/dev/null")
 
-    def _spawn(self, *argv: str, name: str | None = None) -> None:
+    def _spawn(self, *argv: str, name: str | None = None, **variables: str) -> None:
         log = (self.root / "log" / f"{name or argv[0]}.out").open("ab")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | self.env
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | self.env | variables
         with log:
             self._daemons[name or argv[0]] = subprocess.Popen(
                 argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -277,6 +333,11 @@ class SlurmCluster:
             assert not ended, f"{ended} ended:\n{logs}"
             assert time.monotonic() < deadline, f"{complaint}:\n{logs}"
             time.sleep(0.05)
+
+
+def _last_to_stop(daemon: str) -> int:
+    order = ["slurmctld", "slurmdbd", "mariadbd", "munged"]
+    return order.index(daemon) if daemon in order else -1
 
 
 @contextlib.contextmanager

@@ -39,10 +39,7 @@ def end_all_jobs(slurm: SlurmCluster) -> None:
 @pytest.fixture
 def here(checkout: Checkout, slurm: SlurmCluster) -> Iterator[Checkout]:
     """A login node: a checkout in which `slurm.yaml` is the cluster."""
-    checkout.env |= slurm.env
-    checkout.env["PATH"] = os.environ["PATH"]
-    (checkout.home / "slurm.yaml").write_text(CLUSTER)
-    os.environ |= slurm.env  # `launch.standing` asks Slurm from this process
+    login(checkout, slurm)
     yield checkout
     end_all_jobs(slurm)
 
@@ -475,16 +472,40 @@ def test_a_container_gets_the_job_its_storage_and_its_gpus(here: Checkout) -> No
     assert said[:5] == ["exec", "--nv", f"--bind={runs}:{runs}", f"--bind={here.home}:{here.home}", "--bind=/data:/d"]
 
 
+def login(checkout: Checkout, slurm: SlurmCluster) -> None:
+    """Make a checkout one of a login node of a cluster."""
+    checkout.env |= slurm.env
+    checkout.env["PATH"] = os.environ["PATH"]
+    (checkout.home / "slurm.yaml").write_text(CLUSTER)
+    os.environ |= slurm.env  # `launch.standing` asks Slurm from this process
+
+
+@pytest.mark.slow
+def test_what_the_controller_has_forgotten_is_in_the_accounts(
+    checkout: Checkout, slurm_with_accounts: SlurmCluster
+) -> None:
+    slurm = slurm_with_accounts
+    login(checkout, slurm)
+    submit(checkout, "--set", "extra=['--exclusive']", "train_lam", "--num_steps", "3000", name="busy")
+    submit(checkout, "--set", "extra=['--exclusive']", "train_lam", name="waits")
+    at_step(checkout, 2, name="busy")
+    slurm.command("scancel", job_id(checkout, "waits"))
+    wait_until(lambda: not slurm.job_state(job_id(checkout, "waits")), 60)
+    assert "waits: cancelled" in checkout.jobs("status", "waits").stdout
+    assert "its job was cancelled in Slurm" in checkout.jobs("explain", "waits").stdout
+    assert checkout.jobs("cancel", "busy").returncode == 0
+    resumed = checkout.jobs("resume", "waits", "--num_steps", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert checkout.end("waits").state == "finished"
+
+
 @pytest.mark.slow
 def test_a_lost_node_is_outlived_and_its_processes_fenced_off(
     checkout: Checkout, slurm_with_cables: SlurmCluster
 ) -> None:
     slurm = slurm_with_cables
     first, lost, spare = slurm.nodes
-    checkout.env |= slurm.env
-    checkout.env["PATH"] = os.environ["PATH"]
-    os.environ |= slurm.env
-    (checkout.home / "slurm.yaml").write_text(CLUSTER)
+    login(checkout, slurm)
     submit(checkout, "--set", "processes_per_node=1", "train_lam", "--num_steps", "600", "--deaf", "1")
     at_step(checkout, 2, host=1)
     zombie = checkout.job_pid(host=1)
