@@ -127,6 +127,10 @@ class RunDir:
         self.attempt(number).mkdir(parents=True)
         write_atomically(self.fence, f"{number}\n")
 
+    def fence_off_earlier_attempts(self) -> None:
+        """Fence off every process there has been so far, before the next attempt begins."""
+        write_atomically(self.fence, f"{max(self.attempts(), default=0) + 1}\n")
+
     def newest_attempt(self) -> int:
         """The number in `fence`; 0 without one."""
         try:

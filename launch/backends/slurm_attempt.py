@@ -9,7 +9,8 @@ asked to put the same job back into the queue. Invariants:
   into the queue from here, and the record says no more than that the attempt is over.
 - It leaves with a code other than 0 unless the run has finished, so that jobs that depend on it (afterok) wait or die.
 - The record is complete before Slurm is asked to requeue: from then on this process may be killed at any time.
-- A job that is not the newest submission of its run does nothing.
+- A job that is not the newest submission of its run does nothing, and a supervisor whose attempt is not the newest any more
+  (its node was cut off, and Slurm started the next one elsewhere) leaves without writing anything.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__":
     # As a script, Python puts this file's directory first; what it imports starts two levels up.
@@ -61,6 +63,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     run = RunDir(options.run_dir)
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not options.interactive and _is_newest_submission(run):
+        run.fence_off_earlier_attempts()  # a supervisor that was cut off with its node would hold the lock for ever
     lock = _lock(run)
     try:
         record = read_record(run)
@@ -116,11 +120,16 @@ class _Supervisor:
         self.node = os.environ.get("SLURMD_NODENAME", "")
         self.asked: Ask | None = None
         self.terminated = False  # Slurm is ending this job, for a reason that only it knows
+        self.number: int | None = None  # of the attempt, once it has begun
         self.ends_at = self._end_time()
 
     def run_attempt(self) -> int:
         """Run one attempt; return the batch job's exit code."""
         self._settle_earlier_attempt()
+        try:
+            secrets = self._secrets()
+        except OSError as error:
+            return self._end("failed", 2, f"secrets: {error.filename}: {error.strerror} on {self.node}")
         if self.run.cancel_request.exists():
             return self._end("cancelled", EXIT_SAVED, None)
         nodes = ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
@@ -138,12 +147,13 @@ class _Supervisor:
         )
         self.record.attempts.append(attempt)
         self.run.begin_attempt(number)
+        self.number = number
         self._write("running")
         self.run.append_event(
             "attempt_started", attempt=number, processes=len(self.plan.hosts), job=self.job_id, nodes=nodes
         )
         size = self._metrics_size()
-        self._see_to_the_end(attempt, self._start(attempt, nodes))
+        self._see_to_the_end(attempt, self._start(attempt, nodes, secrets))
         attempt.ended = time.time()
         attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
         if attempt.outcome == "preempted":
@@ -154,9 +164,9 @@ class _Supervisor:
 
     # --- an attempt --------------------------------------------------------------------------------------------
 
-    def _start(self, attempt: Attempt, nodes: list[str]) -> "subprocess.Popen[bytes]":
+    def _start(self, attempt: Attempt, nodes: list[str], secrets: dict[str, str]) -> "subprocess.Popen[bytes]":
         directory = self.run.attempt(attempt.number)
-        port = free_port()  # on this node, the first, where process 0 will run
+        port = free_port()  # on the first node, where process 0 will run, and this is, but for an interactive run
         identities = [identity(host, port, nodes[0]) for host in self.plan.hosts]
         write_atomically(directory / "identities.json", json.dumps(identities))
         per_node = self.settings.processes_on_a_node
@@ -171,14 +181,14 @@ class _Supervisor:
             command.append(f"--gpus-per-node={self.settings.gpus_per_node}")
         if self.settings.cpus_per_node:
             command.append(f"--cpus-per-task={max(1, self.settings.cpus_per_node // per_node)}")
-        command += self._container(nodes)
+        command += self._container()
         worker = str(self.plan.code_dir / "launch" / "worker.py")
         command += [self.plan.argv[0], worker, "--identities", str(directory / "identities.json")]
         command += ["--saved_is_success", "--cwd", self.plan.cwd, "--grace_seconds", str(self.settings.grace_seconds)]
         environment = {
             **scrubbed(os.environ),
             **self.plan.env,
-            **self._secrets(),
+            **secrets,
             "JASMINE_ATTEMPT": str(attempt.number),
         }
         with (directory / "srun.log").open("ab") as log:
@@ -191,7 +201,7 @@ class _Supervisor:
                 start_new_session=True,
             )
 
-    def _container(self, nodes: list[str]) -> list[str]:
+    def _container(self) -> list[str]:
         """Return what goes before the worker's command, or options of srun, to run in a container."""
         image = self.settings.container
         if image is None:
@@ -223,9 +233,12 @@ class _Supervisor:
             self._wait_for_a_signal()
             ended = self._collect(attempt, waiting)
             now = time.monotonic()
-            if kill_at is None and now > look_at:
-                look_at = now + LOOK_SECONDS
-                if hang := self._hangs(attempt, watchdog):
+            if now > look_at:
+                look_at = now + LOOK_SECONDS * (1 + len(self.plan.hosts) // 64)  # a file for each process
+                if self._is_replaced():
+                    srun.kill()
+                    self._leave()
+                if kill_at is None and (hang := self._hangs(attempt, watchdog)):
                     self._give_up(attempt, hang, waiting)
                     break
             if self.asked and not told:
@@ -276,7 +289,10 @@ class _Supervisor:
     def _collect(self, attempt: Attempt, waiting: set[int]) -> bool:
         """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
         found = []
+        reported = {path.name for path in self.run.attempt(attempt.number).glob("*.exit.json")}
         for host in sorted(waiting):
+            if self.run.exit_file(attempt.number, host).name not in reported:
+                continue
             with contextlib.suppress(FileNotFoundError, ValueError):
                 found.append(HostExit.model_validate_json(self.run.exit_file(attempt.number, host).read_text()))
         for one in sorted(found, key=lambda one: one.ended):
@@ -333,6 +349,8 @@ class _Supervisor:
         spent = sum(one.outcome == attempt.outcome for one in before)
         own_job = not self.interactive
         if own_job and self.asked is None and attempt.outcome != "finished" and self._ended_by_slurm():
+            if attempt.outcome == "failed" and (lost := self._blame_lost_nodes(attempt)):
+                attempt.outcome, attempt.cause = "preempted", lost  # no failure of the job: it does not count as one
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
             return exit_code(attempt)
@@ -382,6 +400,8 @@ class _Supervisor:
                 self.record.blames.append(Blame(node=node, reason=attempt.cause, time=time.time(), certain=True))
                 self.run.append_event("blamed", attempt=attempt.number, node=node, reason=attempt.cause)
             return
+        if any(blame.time >= attempt.started for blame in self.record.blames):
+            return  # as for a hang: it is known who is to blame
         first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
         if first is None or first.node is None or first.signal is None or first.signal in first.forwarded:
             return
@@ -450,7 +470,18 @@ class _Supervisor:
     def _metrics_size(self) -> int:
         return self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
 
+    def _is_replaced(self) -> bool:
+        return self.number is not None and self.run.newest_attempt() > self.number
+
+    def _leave(self) -> NoReturn:
+        print(
+            f"attempt {self.run.newest_attempt()} has begun; the supervisor of attempt {self.number} leaves", flush=True
+        )
+        sys.exit(1)
+
     def _write(self, state: State) -> None:
+        if self._is_replaced():
+            self._leave()
         self.record.state, self.record.changed = state, time.time()
         write_record(self.run, self.record)
 
