@@ -23,15 +23,30 @@ from tests.jobs import Family  # noqa: E402
 pytest_plugins = ["tests.clusters.fixtures"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--jobs",
+        choices=("with", "without", "only"),
+        default="with",
+        help="tests that start jobs of several processes and hold them to deadlines; they suffer from neighbours",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests `make test` gives to one worker: a file's, those that share the family of runs, and those that start jobs
-    of several processes, which would starve each other."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves tests out as `--jobs` says, and keeps those together in one worker that share a file or the family of runs."""
+    chosen, left_out = [], []
     for item in items:
         folder = item.path.relative_to(REPO / "tests").parts[0]
-        jobs = folder in ("launch", "clusters") or item.path.name in ("test_resume.py", "test_distributed.py")
+        job = folder in ("launch", "clusters", "test_end_to_end.py")
+        job = job or item.path.name in ("test_resume.py", "test_distributed.py")
+        wanted = {"with": True, "without": not job, "only": job}[config.getoption("--jobs")]
+        (chosen if wanted else left_out).append(item)
         family = "family" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("jobs" if jobs else "family" if family else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("family" if family else item.path.name))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = chosen
 
 
 def moving_squares(rng: np.random.Generator, frames: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
