@@ -22,7 +22,7 @@ TRAINING = (
 )
 TOKENIZER = "--patch_size 16 --num_blocks 1 --latent_dim 32 --max_lr 3e-3 --num_steps 1000"
 LAM = "--patch_size 16 --num_blocks 2 --latent_dim 16 --num_latents 6 --max_lr 2e-3 --num_steps 500"
-DYNAMICS = "--num_blocks 2 --max_lr 2e-3 --diffusion_denoise_steps 8 --num_steps 1000"
+DYNAMICS = "--num_blocks 2 --max_lr 2e-3 --diffusion_denoise_steps 8 --num_steps 1500"
 VIDEO = "--num_frames 24 --prompt_frames 4 --num_clips 4"
 
 
