@@ -106,7 +106,9 @@ def lost_by(login: Login, name: str, repeats: int, fault: Callable[[RunDir, int]
     wait(functools.partial(_has_steps, run, repeats + 1, 1), f"{name}: the last attempt")
     login.command("jobs", "cancel", name)
     times = step_times(run)
-    return [min(times[attempt + 1]) - max(times[attempt]) for attempt in range(1, repeats + 1)]
+    lost = [min(times[attempt + 1]) - max(times[attempt]) for attempt in range(1, repeats + 1)]
+    print(f"{name}: {' '.join(f'{value:.1f}' for value in sorted(lost))}", file=sys.stderr, flush=True)
+    return lost
 
 
 def to_process(signum: signal.Signals, host: int) -> Callable[[RunDir, int], None]:
@@ -141,6 +143,8 @@ def main() -> None:
                 seconds.setdefault("submit_to_running", []).append(marks["attempt_started"] - marks["submitted"])
                 seconds.setdefault("submit_to_first_step", []).append(marks["first_step"] - marks["submitted"])
 
+            print(json.dumps(seconds), file=sys.stderr, flush=True)
+
             def preempt(run: RunDir, attempt: int) -> None:
                 blocker = ["sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "true"]
                 cluster.command(*blocker)
@@ -161,8 +165,6 @@ def main() -> None:
 
                 seconds["lost_by_node_loss"] = lost_by(login, "unplugged", repeats, pull)
     print(json.dumps({name: round(statistics.median(values), 2) for name, values in seconds.items()}))
-    for name, values in seconds.items():
-        print(f"{name}: {' '.join(f'{value:.1f}' for value in sorted(values))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,15 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
         (self.root / "spool" / node).mkdir(exist_ok=True)
-        inside = [] if self._subnet is None else ["ip", "netns", "exec", self._network(node)]
+        inside: list[str] = []
+        if self._subnet is not None:
+            # With a host name of its own, by which its processes find the address that others reach them at.
+            hosts = self.root / "hosts"
+            names = {address: f"node-{address.rpartition('.')[2]}" for address in self.nodes}
+            hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for ip, name in names.items()))
+            alone = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+            inside = ["ip", "netns", "exec", self._network(node), "unshare", "--uts", "--mount"]
+            inside += ["sh", "-c", alone, names[node], str(hosts)]
         self._spawn(*inside, "slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
