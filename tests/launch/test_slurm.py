@@ -168,7 +168,8 @@ def test_a_higher_partition_preempts_and_the_run_goes_on(here: Checkout, slurm: 
     assert record.state == "finished", here.directory().supervisor_log.read_text()
     assert [attempt.outcome for attempt in record.attempts] == ["preempted", "finished"]
     assert record.attempts[0].cause == "preempted by Slurm"
-    assert {one.code for one in record.attempts[0].exits} == {75}
+    # Slurm signals every process of a step, and the worker passes it on: the second one may find the job at its exit.
+    assert {one.code for one in record.attempts[0].exits} <= {75, 143}
     assert steps(here) == list(range(1, 151))
 
 
@@ -198,7 +199,7 @@ def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(
 
 
 def test_the_time_limit_is_warned_of_and_survived(here: Checkout, slurm: SlurmCluster) -> None:
-    # Slurm warns up to a minute early, and this limit is one minute: attempt 1 is over at once.
+    # Slurm warns up to a minute early, and this limit is one minute.
     submit(
         here,
         "--set",
