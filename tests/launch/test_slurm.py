@@ -210,7 +210,7 @@ def test_the_time_limit_is_warned_of_and_survived(here: Checkout, slurm: SlurmCl
         "nodes=1",
         "train_lam",
         "--num_steps",
-        "400",
+        "9000",
     )
     wait_until(lambda: here.directory().attempts() == [1, 2], 90)
     record = read_record(here.directory())
