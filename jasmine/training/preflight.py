@@ -92,6 +92,7 @@ def _exchange(run_dir: epath.Path, mine: dict[str, Any], deadline: float) -> lis
         try:
             nodes.append(client.blocking_key_value_get(f"{_KEY}/here/{process}", _milliseconds(deadline)))
         except Exception as error:
+            _raise_unless_late(error)
             _fail(run_dir, process, "has joined the job but did not report in time", [{"node": "?"}] * count, error)
     client.key_value_set(f"{_KEY}/{index}", json.dumps(mine | {"clock": time.time()}), allow_overwrite=True)
     reports = []
@@ -99,8 +100,15 @@ def _exchange(run_dir: epath.Path, mine: dict[str, Any], deadline: float) -> lis
         try:
             reports.append(json.loads(client.blocking_key_value_get(f"{_KEY}/{process}", _milliseconds(deadline))))
         except Exception as error:
+            _raise_unless_late(error)
             _fail(run_dir, process, "did not report in time", [{"node": node} for node in nodes], error)
     return reports
+
+
+def _raise_unless_late(error: Exception) -> None:
+    """A peer that has found something wrong leaves, and takes the service with it: that is no news about anybody else."""
+    if "DEADLINE_EXCEEDED" not in str(error):
+        raise ClusterError("preflight: another process has given up; its log says why") from error
 
 
 def _milliseconds(deadline: float) -> int:
@@ -131,7 +139,7 @@ def _fail(
     blame = {"host": process, "node": None if node == "?" else node, "reason": f"preflight: {problem}"}
     if jax.process_index() in (0, process) and "JASMINE_ATTEMPT" in os.environ and "://" not in str(run_dir):
         directory = run_dir / "attempts" / str(run_files.attempt())
-        if directory.exists():
+        if directory.exists() and not (directory / "blame.json").exists():
             run_files.write_atomically(directory / "blame.json", json.dumps(blame).encode())
     if jax.process_index() == 0:
         run_files.log_event(run_dir, "preflight_failed", blamed=process, node=node, reason=problem)
