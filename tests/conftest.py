@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         folder = item.path.relative_to(REPO / "tests").parts[0]
         job = folder in ("launch", "clusters", "test_end_to_end.py")
-        job = job or item.path.name in ("test_resume.py", "test_distributed.py")
+        job = job or item.path.name in ("test_resume.py", "test_distributed.py") or item.name.endswith("[slurm]")
         wanted = {"with": True, "without": not job, "only": job}[config.getoption("--jobs")]
         (chosen if wanted else left_out).append(item)
         family = "family" in getattr(item, "fixturenames", ())

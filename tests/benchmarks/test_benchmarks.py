@@ -26,7 +26,9 @@ def test_every_benchmark_is_listed_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmark_prints_its_figures(name):
+def test_benchmark_prints_its_figures(name, request):
+    if name == "slurm":
+        request.getfixturevalue("needs_slurm")
     command = [sys.executable, str(REPO / "benchmarks" / f"{name}.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

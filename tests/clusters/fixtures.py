@@ -16,7 +16,9 @@ from tests.clusters.slurm import (
 )
 
 
-def _need_slurm() -> None:
+@pytest.fixture(scope="session")
+def needs_slurm() -> None:
+    """Skips a test on a laptop without Slurm; fails it in CI."""
     if missing := missing_programs():
         reason = f"no Slurm here: {', '.join(missing)} missing (apt-get install {PACKAGES})"
         if os.environ.get("CI"):
@@ -25,17 +27,15 @@ def _need_slurm() -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
+def slurm(needs_slurm: None) -> Iterator[SlurmCluster]:
     """Four nodes with eight GPUs each, shared by all tests of a session."""
-    _need_slurm()
     with running_cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture
-def slurm_with_accounts() -> Iterator[SlurmCluster]:
+def slurm_with_accounts(needs_slurm: None) -> Iterator[SlurmCluster]:
     """Two nodes and slurmdbd; the controller forgets a job two seconds after its end."""
-    _need_slurm()
     if missing := missing_programs(ACCOUNT_PROGRAMS):
         reason = f"no accounts of Slurm here: {', '.join(missing)} missing (apt-get install {ACCOUNT_PACKAGES})"
         if os.environ.get("CI"):
@@ -46,9 +46,8 @@ def slurm_with_accounts() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def slurm_with_cables() -> Iterator[SlurmCluster]:
+def slurm_with_cables(needs_slurm: None) -> Iterator[SlurmCluster]:
     """Three nodes, each with a network of its own, and a controller that gives up a silent node after ten seconds."""
-    _need_slurm()
     if not networks_allowed():
         pytest.skip("network namespaces cannot be made here (they need root)")
     with running_cluster(nodes=3, slurmd_timeout=10, own_networks=True) as cluster:
