@@ -1,6 +1,6 @@
 """Measures the training step of every baseline: step time, frames/s, compile time, FLOPs, MFU where the peak is known.
 
-    python benchmarks/train_step.py [--quick] [--baselines JOB …] [--dtypes float32 bfloat16]
+    python benchmarks/train_step.py [--quick] [--baselines JOB …] [--dtypes float32 bfloat16] [--steps 30]
         [--shape small|default|genie] [--reference DIR]
 
 Small shape: batch 4 × 16 frames of 64×64×3, patch 16, dim 128, feed-forward 512, 2 blocks, 8 heads; dynamics have 4 blocks,
@@ -305,9 +305,10 @@ def show(title: str, sides: dict[str, Any]) -> None:
 def main() -> None:
     names = {baseline.rpartition(".")[2]: baseline for baseline in BASELINES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two baselines, float32 alone, and 3 steps instead of 30")
+    parser.add_argument("--quick", action="store_true", help="two baselines, float32 alone, and 3 steps")
     parser.add_argument("--baselines", nargs="+", choices=names, metavar="JOB", help="default: all; of --quick, two")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="rounds that are timed")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full", "offload"), help="of ours")
     parser.add_argument(
@@ -349,7 +350,7 @@ def main() -> None:
                 contenders[dtype, "reference"] = Reference(
                     baseline, shape, dtype, flash, options.reference, options.reference_python
                 )
-        take_turns(list(contenders.values()), 3 if options.quick else 30)
+        take_turns(list(contenders.values()), 3 if options.quick else options.steps)
         found: dict[str, Any] = {}
         for (dtype, side), contender in contenders.items():
             found.setdefault(dtype, {})[side] = contender.figures()
