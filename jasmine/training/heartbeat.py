@@ -38,7 +38,8 @@ class Heartbeat:
             return
         stem = f"host-{os.environ.get('JAX_PROCESS_ID', '0')}"
         self._path = directory / f"{stem}.beat.json"
-        self._stacks = (directory / f"{stem}.stacks").open("w")
+        # Appended to: the launcher notes there that the process is stopped, if it is, before it can answer.
+        self._stacks = (directory / f"{stem}.stacks").open("a")
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True, chain=False)
         self._write()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
