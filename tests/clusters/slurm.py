@@ -20,7 +20,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +333,7 @@ class SlurmCluster:
             daemon.kill()
             daemon.wait()
 
-    def _wait(self, condition, seconds: float, complaint: str) -> None:  # type: ignore[no-untyped-def]
+    def _wait(self, condition: Callable[[], bool], seconds: float, complaint: str) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
