@@ -4,7 +4,9 @@
 
 The state is the VQ-VAE tokenizer's with AdamW's moments, at the small shape (dim 128, 2 blocks) and at the baseline's default
 (dim 512, 4 blocks), on one device, on local disk; medians. `blocked` is what the training loop waits; `committed` runs beside
-it. The last line is one JSON object. `--quick` takes the small shape only.
+it. `replicated` is the small shape on eight devices of one process that all hold it, one of which gives it for writing; its
+ratios are to Orbax's default, by which all of them give a part. The last line is one JSON object. `--quick` takes
+the small shape only.
 """
 
 import argparse
@@ -15,9 +17,11 @@ import tempfile
 import time
 
 import jax
+import orbax.checkpoint as ocp
 from etils import epath
 
 from jasmine.baselines.maskgit.train_tokenizer_vqvae import Config, Task
+from jasmine.training import checkpoint
 from jasmine.training.checkpoint import Checkpointer
 from jasmine.training.mesh import make_mesh
 from jasmine.training.optimizer import make_optimizer
@@ -25,17 +29,19 @@ from jasmine.training.sharding import ShardingRules
 from jasmine.training.state import ModelDefinition, abstract_state, initial_state
 from jasmine.training.task import DataInfo
 
+REPLICAS = 8
 SMALL = Config(data_dir="unused", model_dim=128, ffn_dim=512, num_blocks=2)
 DEFAULT = Config(data_dir="unused")
 
 
-def measure(config: Config, saves: int) -> dict[str, float]:
-    """Figures of one shape."""
-    mesh = make_mesh(config.mesh)
+def measure(config: Config, saves: int, replicas: int = 1) -> dict[str, float]:
+    """Figures of one shape, the whole of which each of some devices holds."""
+    mesh = make_mesh(config.mesh, jax.devices()[:replicas])
     task = Task(config, DataInfo((64, 64, 3)))
     definition, optimizer = ModelDefinition(task), make_optimizer(config)
     abstract = abstract_state(definition, optimizer, mesh, ShardingRules(), ema=False)
     state = jax.block_until_ready(initial_state(task, definition, optimizer, abstract))
+    checkpoint._checksum(state)  # compiled alike for all
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     blocked, committed, restored = [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -63,12 +69,29 @@ def measure(config: Config, saves: int) -> dict[str, float]:
     }
 
 
+def _share_as_orbax_does() -> None:
+    ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(), override=True)
+
+
+def compare_sharing(saves: int) -> dict[str, float]:
+    """Figures of the small shape where several devices hold it, and what part they are of those of Orbax's default."""
+    ours = measure(SMALL, saves, REPLICAS)
+    ours_shared, checkpoint._share_writing = checkpoint._share_writing, _share_as_orbax_does
+    default = measure(SMALL, saves, REPLICAS)
+    checkpoint._share_writing = ours_shared
+    ratios = {f"ratio_{name}": ours[name] / default[name] for name in ours if name.endswith("seconds")}
+    return ours | ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small shape only")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", REPLICAS)
     shapes = {"small": SMALL} if options.quick else {"small": SMALL, "default": DEFAULT}
     result = {name: measure(config, saves=5) for name, config in shapes.items()}
+    if jax.device_count() >= REPLICAS:
+        result["replicated"] = compare_sharing(saves=5)
     for name, figures in result.items():
         print(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in figures.items()))
     print(json.dumps(result))

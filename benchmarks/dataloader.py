@@ -30,11 +30,13 @@ from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from benchmark_frames import FRAME_SHAPE, NUM_ACTIONS, episodes
 
-from jasmine.data.episodes import Encoding, EpisodeDataset, EpisodeWriter
+from jasmine.data.episodes import EpisodeDataset
+from jasmine.data.index import Encoding
 from jasmine.data.pipeline import batches
 from jasmine.data.published import PublishedDataset
 from jasmine.data.records import ShardReaders
 from jasmine.data.sampling import WindowSampler
+from jasmine.data.writer import EpisodeWriter
 
 SEQ_LEN, BATCH, LENGTH, SEED = 16, 36, 160, 0
 FRAMES_PER_BATCH = SEQ_LEN * BATCH

@@ -6,7 +6,7 @@ Brings up the testbed of `tests/clusters/` (a real Slurm on this machine, nodes 
 node, in network namespaces) and trains a tiny VQ-VAE tokenizer in it, 2 nodes × 1 process, compilation cached. Time lost is
 from the last step logged before an event to the first one after it. It holds Slurm's own delays of this configuration
 (KillWait 5 s, SlurmdTimeout 10 s for the node loss) and `hang_timeout` (10 s here). The last line is one JSON object of
-seconds. `--quick` does each thing once and leaves the node loss out.
+seconds. `--quick` does each thing once and leaves the deaths of processes and nodes out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.writer import EpisodeWriter
 from launch.run_dir import RunDir, read_json_lines
 from tests.clusters.slurm import SlurmCluster, missing_programs, networks_allowed, running_cluster
 
@@ -89,26 +89,41 @@ def step_times(run: RunDir) -> dict[int, list[float]]:
     return times
 
 
-def _has_steps(run: RunDir, attempt: int, count: int) -> bool:
-    return len(step_times(run).get(attempt, [])) >= count
-
-
 def _has_event(run: RunDir, name: str) -> bool:
     return any(event["event"] == name for event in run.events())
 
 
 def lost_by(login: Login, name: str, repeats: int, fault: Callable[[RunDir, int], None]) -> list[float]:
-    """Do `fault(run, attempt)` to a run in every attempt; return the seconds without a step around each."""
+    """Do `fault(run, attempt)` to a run, again and again once it trains; return the seconds without a step around each."""
     run, _ = login.submit(name)
-    for attempt in range(1, repeats + 1):
-        wait(functools.partial(_has_steps, run, attempt, 12), f"{name}: attempt {attempt}")
-        fault(run, attempt)
-    wait(functools.partial(_has_steps, run, repeats + 1, 1), f"{name}: the last attempt")
+    struck: list[int] = []  # one fault may cost several attempts
+    for _ in range(repeats):
+        wait(functools.partial(_trains_after, run, struck, 12), f"{name}: trains again after attempts {struck}")
+        struck.append(max(step_times(run)))
+        fault(run, struck[-1])
+    wait(functools.partial(_trains_after, run, struck, 1), f"{name}: the last attempt")
     login.command("jobs", "cancel", name)
     times = step_times(run)
-    lost = [min(times[attempt + 1]) - max(times[attempt]) for attempt in range(1, repeats + 1)]
+    after = [min(at for attempt, steps in times.items() if attempt > one for at in steps) for one in struck]
+    lost = [again - max(times[one]) for one, again in zip(struck, after, strict=True)]
     print(f"{name}: {' '.join(f'{value:.1f}' for value in sorted(lost))}", file=sys.stderr, flush=True)
     return lost
+
+
+def _trains_after(run: RunDir, struck: list[int], count: int) -> bool:
+    """Return whether the newest attempt is a new one, and has logged that many steps."""
+    times = step_times(run)
+    newest = max(times, default=0)
+    return newest > max(struck, default=0) and len(times[newest]) >= count
+
+
+def _nodes_missing(cluster: SlurmCluster) -> list[str]:
+    """Return the nodes that Slurm does not use, after asking it to use them again."""
+    lines = [line.split() for line in cluster.command("sinfo", "-h", "-N", "-o", "%N %T").splitlines()]
+    missing = sorted({node for node, state in lines if state not in ("idle", "allocated", "mixed")})
+    for node in missing:
+        cluster.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    return missing
 
 
 def to_process(signum: signal.Signals, host: int) -> Callable[[RunDir, int], None]:
@@ -119,7 +134,7 @@ def to_process(signum: signal.Signals, host: int) -> Callable[[RunDir, int], Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="how often each thing is measured")
-    parser.add_argument("--quick", action="store_true", help="each once, without the node loss")
+    parser.add_argument("--quick", action="store_true", help="submission, preemption and a hang, each once")
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
     if missing := missing_programs():
@@ -150,8 +165,9 @@ def main() -> None:
                 cluster.command(*blocker)
 
             seconds["lost_by_preemption"] = lost_by(login, "preempted", repeats, preempt)
-            seconds["lost_by_rank_death"] = lost_by(login, "killed", repeats, to_process(signal.SIGKILL, 1))
-            seconds["lost_by_death_of_rank_0"] = lost_by(login, "killed-0", repeats, to_process(signal.SIGKILL, 0))
+            if not options.quick:
+                seconds["lost_by_rank_death"] = lost_by(login, "killed", repeats, to_process(signal.SIGKILL, 1))
+                seconds["lost_by_death_of_rank_0"] = lost_by(login, "killed-0", repeats, to_process(signal.SIGKILL, 0))
             seconds["lost_by_hang"] = lost_by(login, "stopped", repeats, to_process(signal.SIGSTOP, 1))
         if not options.quick and networks_allowed():
             with running_cluster(nodes=3, slurmd_timeout=10, own_networks=True) as cluster:
@@ -160,6 +176,8 @@ def main() -> None:
                 def pull(run: RunDir, attempt: int) -> None:
                     for node in cluster.nodes:
                         cluster.plug_cable(node)
+                    # The next attempt needs the node that was lost before: only a cluster that is whole again loses one.
+                    wait(lambda: not _nodes_missing(cluster), "all nodes are back")
                     record = json.loads(run.record.read_text())
                     cluster.pull_cable(record["attempts"][-1]["nodes"][1])
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.writer import EpisodeWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = shlex.split(

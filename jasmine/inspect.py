@@ -24,7 +24,7 @@ import treescope
 from etils import epath
 
 from jasmine.errors import EXIT_USER_ERROR, UserError
-from jasmine.training.checkpoint import reason
+from jasmine.training.objects import reason
 from jasmine.training.run_files import read_lines, seconds
 from jasmine.training.runs import CONFIG_NAME, find_run
 

@@ -7,10 +7,13 @@ Everything else is a bug of ours and keeps its traceback.
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from launch.text import printable
 
 EXIT_USER_ERROR = 2
 
@@ -39,11 +42,13 @@ class Parser(argparse.ArgumentParser):
 
 def run_entry_point(main: Callable[[list[str]], int]) -> NoReturn:
     """Exit with what `main(arguments)` returns, or with the one line of its UserError on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except BrokenPipeError:  # `logs RUN | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,23 +4,51 @@ A log is shown line by line, so that lines of several hosts do not mix; while a 
 yet waits for its end.
 """
 
+import itertools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.objects import is_object
 from launch.record import RunRecord
-from launch.run_dir import RunDir
+from launch.run_dir import RunDir, open_at, read_tail
 from launch.standing import Watch
+from launch.text import printable
 
 POLL_SECONDS = 0.1
+# In Cloud Storage a look is a request that is paid for, and logs come there every few seconds.
+OBJECT_POLL_SECONDS = 1.0
 
 Print = Callable[[str], None]
+
+
+def to_stdout(*, flush: bool) -> Print:
+    """Return what prints lines of logs: as they are, or on a terminal, which nothing in them may steer, with colours only."""
+    on_terminal = sys.stdout.isatty()
+
+    def write(line: str) -> None:
+        print(printable(line, colours=True) if on_terminal else line, flush=flush)
+
+    return write
 
 
 def hosts_in_order(run: RunDir, record: RunRecord, attempt: int) -> list[int]:
     """Return the hosts that have a log in an attempt: the one that failed first, then the others by number."""
     failed = next((a.first_failed for a in record.attempts if a.number == attempt), None)
     return sorted(run.logged_hosts(attempt), key=lambda host: (host != failed, host))
+
+
+def last_words(path: Path) -> str | None:
+    """Return the last line of a log that says something: of a traceback, the exception."""
+    try:
+        lines = read_tail(path, 1 << 16).decode(errors="replace").splitlines()[-200:]
+    except FileNotFoundError:
+        return None
+    exceptions = [line for before, line in itertools.pairwise(lines) if before.startswith("  ") and line[:1].isalpha()]
+    if exceptions and any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return exceptions[-1].strip()
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
 def show_logs(run: RunDir, attempt: int, hosts: list[int], write: Print, *, prefix: bool) -> None:
@@ -58,15 +86,15 @@ def follow_logs(
                     tail.drain(write, to_the_end=True)
                 announce(f"attempt {attempt} has started")
                 announced.add(attempt)
-            for index in run.logged_hosts(attempt):
+            for index, size in sorted(run.log_sizes(attempt).items()):
                 if host is None or index == host:
                     path = run.log(attempt, index)
-                    tails.setdefault(path, _Tail(path, f"[host-{index}] " if prefix else ""))
-        for tail in tails.values():
-            tail.drain(write, to_the_end=not live)
+                    tail = tails.setdefault(path, _Tail(path, f"[host-{index}] " if prefix else ""))
+                    if size > tail.offset:
+                        tail.drain(write, to_the_end=not live)
         if not live:
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(OBJECT_POLL_SECONDS if is_object(run.root) else POLL_SECONDS)
 
 
 class _Tail:
@@ -79,8 +107,7 @@ class _Tail:
 
     def drain(self, write: Print, *, to_the_end: bool) -> None:
         """Write the lines that are new; an unfinished one only if `to_the_end`."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
+        with open_at(self.path, self.offset) as file:
             for line in file:
                 if not line.endswith(b"\n") and not to_the_end:
                     return

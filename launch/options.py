@@ -7,12 +7,17 @@ without a `Config`, a class from elsewhere, tyro markers) is not checked at all:
 """
 
 import ast
+import functools
+import itertools
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import REPOSITORY
 from launch.errors import UserError, did_you_mean
+from launch.paths import REPOSITORY
+from launch.text import shown, told
 
 DEFAULT_JOB = "train_tokenizer_vqvae"
 
@@ -47,14 +52,14 @@ def find_job(job: str, cwd: Path) -> Job:
     if job in known:
         return Job(job, known[job])
     if "/" not in job and not job.endswith(".py"):
-        hint = did_you_mean(job, known)
-        raise UserError(f"unknown job {job!r}{hint} (baselines: {', '.join(known) or 'none'}; or a script's path)")
-    candidates = [(base / Path(job).expanduser()).resolve() for base in (cwd, REPOSITORY)]
-    script = next((path for path in candidates if path.is_file()), None)
+        hint = did_you_mean(job[:99], known)
+        raise UserError(f"unknown job {shown(job)}{hint} (baselines: {', '.join(known) or 'none'}; or a script's path)")
+    candidates = [Path(os.path.realpath(base / os.path.expanduser(job))) for base in (cwd, REPOSITORY)]
+    script = next((path for path in candidates if os.path.isfile(path)), None)
     if script is None:
-        raise UserError(f"job {job}: there is no such file (baselines: {', '.join(known) or 'none'})")
+        raise UserError(f"job {told(job)}: there is no such file (baselines: {', '.join(known) or 'none'})")
     if script.suffix != ".py":
-        raise UserError(f"job {job}: expected a Python file, whose name ends in .py")
+        raise UserError(f"job {told(job)}: expected a Python file, whose name ends in .py")
     if script in known.values():
         return Job(script.stem, script)
     return Job(script.relative_to(REPOSITORY).as_posix() if script.is_relative_to(REPOSITORY) else str(script), script)
@@ -93,6 +98,36 @@ def check_options(job: Job, arguments: Sequence[str], reserved: Sequence[str] = 
         raise UserError(f"{job.name} has no option {typed}{hint or '; it has: ' + ', '.join(choices)}")
 
 
+def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = REPOSITORY) -> None:
+    """Refuse a mesh or batch that does not fit the cluster's devices, as the job itself would once it runs there.
+
+    Passes when a default cannot be read, or when the script is no baseline: its options may mean something else.
+
+    Args:
+        devices: of all processes of the job.
+
+    Raises:
+        UserError: the mesh is not of so many devices, or the batch does not split over its data-parallel ones.
+    """
+    names = ("batch_size", "grad_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.tensor")
+    values = [_whole_number(job.script, root, arguments, name) for name in names]
+    if job.name not in baselines() or None in values:
+        return
+    batch, accumulation, *sizes = (value for value in values if value is not None)
+    mesh = " ".join(f"--{name}={size}" for name, size in zip(names[2:], sizes, strict=True))
+    fixed = math.prod(size for size in sizes if size != -1)
+    if fixed < 1 or devices % fixed or (-1 not in sizes and fixed != devices):
+        raise UserError(f"mesh {mesh} does not make the {devices} devices of this cluster; leave --mesh.data at -1")
+    unit = devices // max(sizes[2], 1) * accumulation
+    if batch < 1 or batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        times = f" × {accumulation} accumulation steps" if accumulation > 1 else ""
+        raise UserError(
+            f"--batch_size={batch} does not split over the {unit // accumulation} data-parallel devices of this "
+            f"cluster{times}; the nearest that does: {f'{below} or ' if below > 0 else ''}{above}"
+        )
+
+
 def known_options(script: Path, root: Path = REPOSITORY) -> frozenset[str] | None:
     """Return the options of the script's `Config`, or None where they cannot be read with certainty.
 
@@ -104,9 +139,30 @@ def known_options(script: Path, root: Path = REPOSITORY) -> frozenset[str] | Non
         Names as tyro takes them after `--`, with every `-` as `_`: `batch_size`, `mesh.data`, and for booleans also
         `no_log` and `mesh.no_flag`.
     """
+    options = _defaults(script, root)
+    return None if options is None else frozenset(options)
+
+
+def _whole_number(script: Path, root: Path, arguments: Sequence[str], name: str) -> int | None:
+    """Return the value that `arguments` give to an option, or else its default; None where neither is a whole number."""
+    value = (_defaults(script, root) or {}).get(name)
+    text = ast.unparse(value) if value is not None else ""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        typed, equals, given = argument.partition("=")
+        if typed.startswith("--") and typed.removeprefix("--").replace("-", "_") == name:
+            text = given if equals else following
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _defaults(script: Path, root: Path) -> dict[str, ast.expr | None] | None:
+    """Return the defaults of the script's options by name, None for one that is not written out; or None for all."""
     try:
         module = _Module(script, root)
-        return frozenset(_fields(module, module.classes["Config"], prefix=""))
+        return _fields(module, module.classes["Config"], prefix="")
     except (_UnreadableError, KeyError, SyntaxError, OSError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -156,10 +212,10 @@ def _is_dataclass(cls: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list)
 
 
-def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> set[str]:
+def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> dict[str, ast.expr | None]:
     if not _is_dataclass(cls):
         raise _UnreadableError(f"{cls.name} is no dataclass")
-    names: set[str] = set()
+    names: dict[str, ast.expr | None] = {}
     for base in cls.bases:
         found = module.find_class(base)
         if found is None:
@@ -176,12 +232,14 @@ def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> set[str]:
         name = node.target.id
         nested = module.find_class(node.annotation)
         if nested is not None and _is_dataclass(nested[1]):
-            names |= _fields(*nested, prefix=f"{prefix}{name}.")
+            inner = _fields(*nested, prefix=f"{prefix}{name}.")
+            plain = node.value is None or ast.unparse(node.value).endswith((f"{annotation}()", f"={annotation})"))
+            names |= inner if plain else dict.fromkeys(inner)  # a default of its own, which nobody reads here
             continue
         parts = [module.find_class(part) for part in ast.walk(node.annotation) if isinstance(part, ast.expr)]
         if any(part is not None and _is_dataclass(part[1]) for part in parts):
             raise _UnreadableError(f"{annotation}: a choice between dataclasses becomes a subcommand")
-        names.add(prefix + name)
+        names[prefix + name] = node.value
         if annotation.strip("'") == "bool":
-            names.add(f"{prefix}no_{name}")
+            names[f"{prefix}no_{name}"] = None
     return names

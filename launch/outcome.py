@@ -2,8 +2,9 @@
 
 - all exited 0: finished;
 - all left with their state saved (75): started again, out of the budget for preemptions;
-- anything else: started again from the last checkpoint, out of the budget for failures. Exit code 2 without any
-  progress is the user's mistake, which a restart would only repeat: no restart.
+- anything else: started again from the last checkpoint, out of the budget for failures. No restart where it would only
+  repeat the failure: exit code 2 without any progress is the user's mistake, and by 65 the job says so itself, as of a
+  loss that is not finite.
 
 A request to cancel, or to leave this machine, ends the run however the attempt went.
 """
@@ -13,6 +14,8 @@ from typing import Literal
 
 from launch.record import Attempt, HostExit, State
 from launch.worker import EXIT_SAVED
+
+EXIT_WOULD_REPEAT = 65
 
 Ask = Literal["cancel", "signal"]
 
@@ -43,9 +46,11 @@ def outcome(exits: list[HostExit]) -> Literal["finished", "preempted", "failed"]
 
 
 def exit_code(attempt: Attempt) -> int:
-    """Return the exit code that stands for an attempt: that of the process that failed first."""
+    """Return the exit code that stands for an attempt: that of the process that failed first, or 65, which all come to."""
     if attempt.outcome == "finished":
         return 0
+    if any(one.code == EXIT_WOULD_REPEAT for one in attempt.exits):
+        return EXIT_WOULD_REPEAT
     first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
     return EXIT_SAVED if attempt.outcome == "preempted" else first.code if first else 1
 
@@ -68,6 +73,8 @@ def ending(
         return Ending("cancelled", code, None if code == EXIT_SAVED else "the job had not saved its state")
     if attempt.outcome == "failed" and code == 2 and not progress:
         return Ending("failed", code, "the job refused its options or its data; not tried again")
+    if attempt.outcome == "failed" and code == EXIT_WOULD_REPEAT:
+        return Ending("failed", code, "the job says that a restart would only repeat its failure; not tried again")
     if asked == "signal":
         if code == EXIT_SAVED:
             return Ending("preempted", code, "the supervisor was told to stop; resume the run to go on")

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from launch.errors import UserError, did_you_mean
+from launch.plain_yaml import YamlError, read_yaml
+from launch.text import shown, told, unfit
 
 _PLACE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
@@ -59,7 +60,7 @@ class _PipelineText(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    stages: dict[str, _StageText] = Field(min_length=1)
+    stages: dict[str, _StageText] = Field(min_length=1, max_length=100)
 
 
 def fill_places(argument: str, places: dict[str, str]) -> str:
@@ -74,27 +75,34 @@ def read_pipeline(path: Path) -> Pipeline:
         UserError: it cannot be read, or a key or a stage's name is wrong.
     """
     try:
-        text = _PipelineText.model_validate(yaml.safe_load(path.read_text()))
+        values, _ = read_yaml(path)
+        text = _PipelineText.model_validate(values)
     except OSError as error:
         raise UserError(f"--pipeline {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"--pipeline {path}: {_first_line(error)}") from error
+    except YamlError as error:
+        line = "" if error.line is None else f" (line {error.line})"
+        raise UserError(f"--pipeline {path}: not valid YAML: {error}{line}") from error
+    except ValidationError as error:
+        raise UserError(f"--pipeline {path}: {_first_problem(error)}") from error
     stages: list[Stage] = []
     for name, stage in text.stages.items():
+        problems = [unfit(part) for part in (name, stage.job, *stage.after, *stage.set)]
+        if found := next(filter(None, [*problems, *(unfit(part, lines=True) for part in stage.args)]), None):
+            raise UserError(f"--pipeline {path}: stage {shown(name)}: {found}")
         places = [place for argument in stage.args for place in _PLACE.findall(argument)]
         after = tuple(dict.fromkeys([*stage.after, *places]))
         known = [one.name for one in stages]
         for other in after:
             if other not in known:
                 where = "comes later in the file; put it first" if other in text.stages else "is no stage of the file"
-                raise UserError(f"--pipeline {path}: stage {name}: {other!r} {where}{did_you_mean(other, known)}")
+                raise UserError(
+                    f"--pipeline {path}: stage {shown(name)}: {shown(other)} {where}{did_you_mean(other[:99], known)}"
+                )
         stages.append(Stage(name, stage.job, tuple(stage.args), after, tuple(stage.set)))
     return Pipeline(text.name, tuple(stages))
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        return f"{where}: {first['msg'].removeprefix('Value error, ').lower()}"
-    return f"not valid YAML: {' '.join(str(error).split())}"
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return f"{told(where)}: {first['msg'].removeprefix('Value error, ').lower()}"

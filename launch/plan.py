@@ -14,19 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config import SECRET_NAME, AnyCluster, LocalCluster, SlurmCluster, expand_path
+from launch.config import AnyCluster, CloudTpuCluster, LocalCluster, SlurmCluster
 from launch.errors import UserError
+from launch.objects import place
+from launch.paths import expand_path
 from launch.snapshot import SCRIPT_DIR, Code
+from launch.text import unfit
+from launch.values import SECRET_NAME
 
 FREE_PORT = "<free port>"
 FIRST_NODE = "<first node>"
 MASK = "<masked>"
+
+# Of one argument or variable, and of all together: Linux takes 128 KiB and 2 MiB, the submitting shell's own among them.
+MOST_BYTES, MOST_BYTES_IN_ALL = 100 << 10, 1 << 20
 
 # Variables that would tell a job that it is a process of whatever cluster the submitting shell belongs to. How to reach
 # Slurm is no identity.
 _FOREIGN_IDENTITY = re.compile(
     r"(SLURM|SLURMD|SBATCH|PMI|PMIX|OMPI|TORCHELASTIC|JOBSET)_(?!CONF$|JWT$).*|JOB_COMPLETION_INDEX"
     r"|JAX_(COORDINATOR_.*|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|JASMINE_(RUN_DIR|ATTEMPT)"
+    r"|(TPU|MEGASCALE)_(WORKER_ID|WORKER_HOSTNAMES|PROCESS_ADDRESSES|NUM_SLICES|SLICE_ID|COORDINATOR_ADDRESS)|JASMINE_HOST"
     r"|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
 )
 
@@ -78,8 +86,16 @@ class Plan:
 
     @property
     def code_dir(self) -> Path:
-        """The root of the code that runs."""
-        return Path(self.run_dir) / "code" / self.code.hash
+        """The root of the code that runs, in the run directory."""
+        return place(self.run_dir) / "code" / self.code.hash
+
+    def with_code_in(self, here: Path) -> "Plan":
+        """Return the plan for a machine on which the code lies in `here` (see `launch.snapshot.fetch_code`)."""
+        there = str(self.code_dir)
+        python, script, *arguments = self.argv
+        argv = (python, script.replace(there, str(here)), *arguments)
+        env = {name: value.replace(there, str(here)) for name, value in self.env.items()}
+        return dataclasses.replace(self, argv=argv, env=env)
 
 
 def make_plan(
@@ -104,7 +120,8 @@ def make_plan(
         settings: of the cluster, after overrides.
 
     Raises:
-        UserError: a path in the settings names a variable that is not set, or `python` is no executable file.
+        UserError: a path in the settings names a variable that is not set, `python` is no executable file, or a text could
+            not be handed to a process as it is.
     """
     code_dir = run_dir / "code" / code.hash
     # A script from elsewhere may import its neighbours, as it would without the launcher; only it itself is snapshot.
@@ -124,26 +141,33 @@ def make_plan(
             cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(settings.devices_per_process)}
             env = {**env, **cpu, **settings.env}
         hosts = _hosts(settings.processes, "127.0.0.1")
+    elif isinstance(settings, CloudTpuCluster):
+        # What belongs to this machine alone stays here; jax itself finds its peers on a pod.
+        env["PYTHONPATH"] = str(code_dir)
+        env["JASMINE_COMPILATION_CACHE_DIR"] = settings.compilation_cache
+        env |= {**_timeouts(settings), "JASMINE_LOCAL_DEVICES": str(settings.tpu.chips_per_host), **settings.env}
+        hosts = tuple(Host(index, {}) for index in range(settings.slices * settings.tpu.hosts))
     else:
-        env |= {
-            "JASMINE_INIT_TIMEOUT": str(settings.init_timeout),
-            "JASMINE_HEARTBEAT_TIMEOUT": str(settings.heartbeat_timeout),
-            "JASMINE_PREFLIGHT": str(settings.preflight_seconds),
-        }
+        env |= _timeouts(settings)
         if settings.gpus_per_node:
             env["JASMINE_LOCAL_DEVICES"] = str(settings.gpus_per_node // settings.processes_on_a_node)
         env |= settings.env
         on_a_node = settings.processes_on_a_node
         hosts = _hosts(settings.nodes * on_a_node, FIRST_NODE, settings.gpus_per_node // on_a_node, on_a_node)
-    python = str(expand_path(settings.python, "python", cwd)) if settings.python else sys.executable
-    in_container = isinstance(settings, SlurmCluster) and settings.container and settings.python
-    if not in_container and (not os.access(python, os.X_OK) or os.path.isdir(python)):
+    if isinstance(settings, CloudTpuCluster):
+        python, elsewhere = settings.python or "python", True  # that of the VM's agent
+    else:
+        python = str(expand_path(settings.python, "python", cwd)) if settings.python else sys.executable
+        elsewhere = isinstance(settings, SlurmCluster) and bool(settings.container and settings.python)
+    if not elsewhere and (not os.access(python, os.X_OK) or os.path.isdir(python)):
         raise UserError(f"python: {python} is not an executable file; give the full path of an interpreter")
+    argv = (python, str(code_dir / script_in_code), *arguments)
+    _check_passable(argv, run_dir, cwd, env)
     return Plan(
         run=run_dir.name,
         run_dir=str(run_dir),
         job=job,
-        argv=(python, str(code_dir / script_in_code), *arguments),
+        argv=argv,
         cwd=str(cwd),
         cluster=cluster,
         settings=settings.model_dump(),
@@ -154,6 +178,28 @@ def make_plan(
         sweep=sweep,
         after=after,
     )
+
+
+def _check_passable(argv: tuple[str, ...], run_dir: Path, cwd: Path, env: Mapping[str, str]) -> None:
+    """Refuse what could not be written down and handed to a process exactly as it is."""
+    named = [("storage", str(run_dir)), ("the working directory", str(cwd)), ("python", argv[0])]
+    named += [("the arguments of the job", word) for word in argv[1:]]
+    named += [(f"env.{name}", value) for name, value in env.items()]
+    for name, text in named:
+        if len(text.encode(errors="replace")) > MOST_BYTES:
+            raise UserError(f"{name}: a text of over {MOST_BYTES >> 10} KiB; put it into a file")
+        if problem := unfit(text, lines=True):
+            raise UserError(f"{name}: {'it has control characters in it' if SECRET_NAME.search(name) else problem}")
+    if sum(len(text.encode()) for _, text in named) > MOST_BYTES_IN_ALL:
+        raise UserError(f"the arguments of the job and env: over {MOST_BYTES_IN_ALL >> 10} KiB together; use files")
+
+
+def _timeouts(settings: SlurmCluster | CloudTpuCluster) -> dict[str, str]:
+    return {
+        "JASMINE_INIT_TIMEOUT": str(settings.init_timeout),
+        "JASMINE_HEARTBEAT_TIMEOUT": str(settings.heartbeat_timeout),
+        "JASMINE_PREFLIGHT": str(settings.preflight_seconds),
+    }
 
 
 def _hosts(processes: int, address: str, gpus: int = 0, on_a_node: int = 1) -> tuple[Host, ...]:

@@ -7,8 +7,9 @@ records are read leniently (unknown keys are ignored), because runs outlive the 
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from launch.config import check_stored
 from launch.errors import UserError
 from launch.plan import Plan
 from launch.run_dir import RunDir, write_atomically
@@ -126,13 +127,18 @@ def read_record(run: RunDir) -> RunRecord | None:
         return None
     except OSError as error:
         raise UserError(f"{run.record}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{run.record}: damaged: byte {error.start} is not UTF-8") from error
     try:
         version = json.loads(text).get("schema_version", 0)
         if version > SCHEMA_VERSION:
             raise UserError(f"{run.record}: written by a newer launcher (schema {version}); update this checkout")
-        return RunRecord.model_validate_json(text)
-    except (ValueError, AttributeError, TypeError, ValidationError) as error:
-        raise UserError(f"{run.record}: damaged: {str(error).splitlines()[0]}") from error
+        record = RunRecord.model_validate_json(text)
+        for submission in record.submissions:
+            check_stored(submission.plan.settings)
+        return record
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{run.record}: damaged: {str(error).splitlines()[0][:200]}") from error
 
 
 def write_record(run: RunDir, record: RunRecord) -> None:

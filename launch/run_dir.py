@@ -2,39 +2,52 @@
 
     <storage>/<run>/
         run.json                     what was submitted and how it went (`launch.record`)
-        code/<hash>/                 the code that each submission runs
+        code/<hash>/                 the code that each submission runs; in Cloud Storage code/<hash>.tar.gz
         attempts/<k>/host-<i>.log    all that process i printed in attempt k
         attempts/<k>/host-<i>.exit.json, host-<i>.pid
         attempts/<k>/host-<i>.beat.json, host-<i>.stacks    written by the job: how far it is, where it hangs
+        attempts/<k>/host-<i>.steps.jsonl                   likewise: what its steps were like, a line for some of them
         attempts/<k>/blame.json      written by the job: the process at which its preflight failed
         attempts/<k>/ask-<what>      present: every worker of the attempt is asked to do that (`ASKS`)
-        events.jsonl                 one JSON object a line, appended by launcher and job
-        supervisor.log               the launcher's own output
+        events.jsonl                 one JSON object a line, appended by launcher and job (`launch.events`)
+        supervisor.log, watcher.log  the launcher's own output
         attempt                      the number of the newest attempt: processes of earlier ones are fenced off by it
         slurm/                       what was submitted to Slurm: the script, and the job's id in `job`
-        .lock                        held while anything of the run lives
+        .lock                        held while anything of the run lives (in Cloud Storage `.lease`, see `launch.lease`)
         cancel                       present: the supervisor is asked to stop the run
         metrics.jsonl, checkpoints/  written by the job
+
+The layout is the same on a disk and in Cloud Storage (`launch.objects`).
 
 Invariants: `run.json` and exit files are replaced whole, never half written; an event is one `write` to a file opened
 for appending, so that lines of several processes do not mix; whoever changes a run holds `.lock`. The lock belongs to
 an open file that supervisor and workers inherit: it is free exactly when the last of them is gone, however it died.
-Standard library only, because the worker imports it on every host.
+Standard library only for runs on a disk, because the worker imports it on every host.
 """
 
+import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
+import shutil
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
+from launch import lease
 from launch.errors import UserError
+from launch.objects import LONG_PATIENCE, is_object, is_patient, place
 
 # What workers do when they find `ask-<what>`: pass on SIGTERM (save and leave), have the job write the stacks of its
 # threads, or kill it.
 ASKS = ("leave", "stacks", "kill")
+# What is wrong with a disk for a while only.
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,11 @@ class RunDir:
     """Paths and file access of one run; `root` is its directory, which need not exist."""
 
     root: Path
+
+    @classmethod
+    def at(cls, path: str) -> "RunDir":
+        """Return the run at a path or a `gs://` URL."""
+        return cls(place(path))
 
     @property
     def name(self) -> str:
@@ -67,6 +85,11 @@ class RunDir:
     def supervisor_log(self) -> Path:
         """What the supervisor itself printed."""
         return self.root / "supervisor.log"
+
+    @property
+    def watcher_log(self) -> Path:
+        """What printed who watches over the run from outside of its machines."""
+        return self.root / "watcher.log"
 
     @property
     def cancel_request(self) -> Path:
@@ -95,23 +118,38 @@ class RunDir:
 
     def beat(self, attempt: int, host: int) -> dict[str, Any] | None:
         """How far one process is: `time`, `step` and what it is `doing`; None while it has not said."""
-        try:
-            beat = json.loads((self.attempt(attempt) / f"host-{host}.beat.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return beat if isinstance(beat, dict) else None
+        return read_json(self.attempt(attempt) / f"host-{host}.beat.json")
 
     def blame(self, attempt: int) -> dict[str, Any] | None:
         """The `host`, its `node` and the `reason` for which an attempt's preflight failed."""
-        try:
-            return json.loads((self.attempt(attempt) / "blame.json").read_text())
-        except (OSError, ValueError):
-            return None
+        return read_json(self.attempt(attempt) / "blame.json")
 
     @property
     def slurm_job(self) -> Path:
         """The id of the run's job in Slurm, once there is one."""
         return self.root / "slurm" / "job"
+
+    @property
+    def tpu_resource(self) -> Path:
+        """The newest queued resource of the run in the Cloud TPU API, as JSON, once there is one."""
+        return self.root / "cloud_tpu" / "resource.json"
+
+    def tpu_vm(self, resource: str, vm: int) -> Path:
+        """The sign of life of one VM of a queued resource, as JSON."""
+        return self.root / "cloud_tpu" / resource / f"vm-{vm}.json"
+
+    def tpu_over(self, resource: str) -> Path:
+        """A file whose presence tells the VMs of a queued resource that nothing more is to come, and others why."""
+        return self.root / "cloud_tpu" / resource / "over.json"
+
+    @property
+    def watcher(self) -> Path:
+        """Who watches over the run from outside of its machines, as JSON."""
+        return self.root / "watcher.json"
+
+    def go_file(self, attempt: int) -> Path:
+        """What tells each VM to start its process of an attempt, as JSON."""
+        return self.attempt(attempt) / "go.json"
 
     @property
     def fence(self) -> Path:
@@ -124,8 +162,12 @@ class RunDir:
         Raises:
             FileExistsError: the attempt has begun already.
         """
-        self.attempt(number).mkdir(parents=True)
+        _outlast(lambda: self.attempt(number).mkdir(parents=True))
         write_atomically(self.fence, f"{number}\n")
+        for folder in (self.root / ".pieces", self.root / "attempts"):
+            if is_object(folder) and is_object(fence := self.fence):
+                with contextlib.suppress(OSError):
+                    folder.remove_stale_pieces(now=fence.updated() or 0.0)
 
     def fence_off_earlier_attempts(self) -> None:
         """Fence off every process there has been so far, before the next attempt begins."""
@@ -148,30 +190,46 @@ class RunDir:
         directory = self.root / "attempts"
         return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal()) if directory.is_dir() else []
 
+    def log_sizes(self, attempt: int) -> dict[int, int]:
+        """The hosts that have a log in an attempt, and how long it is."""
+        directory = self.attempt(attempt)
+        if is_object(directory):
+            sizes = directory.sizes()
+        else:
+            sizes = {path.name: path.stat().st_size for path in directory.glob("host-*.log")}
+        names = {name: name.removeprefix("host-").removesuffix(".log") for name in sizes if name.endswith(".log")}
+        return {int(host): sizes[name] for name, host in names.items() if host.isdecimal()}
+
     def logged_hosts(self, attempt: int) -> list[int]:
         """The hosts that have a log in an attempt, ascending."""
-        names = [path.stem.removeprefix("host-") for path in self.attempt(attempt).glob("host-*.log")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(self.log_sizes(attempt))
 
-    def append_event(self, event: str, **fields: Any) -> None:
-        """Append `{"time": now, "event": event, **fields}` to `events.jsonl`; `time` is in Unix seconds."""
-        line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
-        descriptor = os.open(self.root / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+    def metrics_size(self) -> int:
+        """How long `metrics.jsonl` is, in bytes; 0 where there is none."""
+        if is_object(self.metrics):
+            return self.metrics.size()
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def append_event(self, event: str, attempt: int, **fields: Any) -> None:
+        """Append an event of this moment to `events.jsonl`; `launch.events` says which there are."""
+        common = {"time": time.time(), "event": event, "attempt": attempt, "hostname": socket.gethostname()}
+        append(self.root / "events.jsonl", json.dumps({**common, **fields}) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """Return all events, in the order in which they were written."""
+        """Return all events, in the order in which they were written; a kind that is not known may be among them."""
         return read_json_lines(self.root / "events.jsonl")
 
     def lock(self) -> int:
-        """Take the run, and return a file descriptor that holds it until its last copy is closed.
+        """Take the run, and return a file descriptor that holds it until its last copy is given to `release`, or closed.
 
         Raises:
             UserError: something of the run lives.
         """
+        if is_object(self.root):
+            try:
+                return lease.take(self.root)
+            except BlockingIOError:
+                raise in_use(self) from None
         descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         deadline = time.monotonic() + 0.3  # outlast an `is_live` that is looking at this very moment
         while True:
@@ -184,8 +242,22 @@ class RunDir:
                     raise in_use(self) from None
                 time.sleep(0.02)
 
+    def keep(self, lock: int) -> None:
+        """Hold the run from this process on, which has inherited the descriptor from the one that took it."""
+        if is_object(self.root):
+            lease.keep(self.root, lock)
+
+    def release(self, lock: int) -> None:
+        """Let go of the run, as far as this process is concerned."""
+        if is_object(self.root):
+            lease.release(self.root, lock)
+        else:
+            os.close(lock)
+
     def is_live(self) -> bool:
         """Return whether anything of the run lives: a submission in progress, a supervisor or a worker."""
+        if is_object(self.root):
+            return lease.is_held(self.root)
         try:
             descriptor = os.open(self.root / ".lock", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -209,12 +281,76 @@ def in_use(run: RunDir) -> UserError:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by `text`; a reader, or a crash, sees the old or the new contents, whole."""
+    if is_object(path):
+        path.write_text(text)
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+    def replace() -> None:
+        try:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    _outlast(replace)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, which is made if there is none; texts of several processes do not mix, and one that a crash
+    or a full disk has torn does not spoil the next."""
+    if is_object(path):
+        path.append(text.encode())
+        return
+
+    def add() -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            data = ("\n" * torn + text).encode()
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        finally:
+            os.close(descriptor)
+
+    _outlast(add)
+
+
+def _outlast(write: Callable[[], None]) -> None:
+    """Carry out a write to a disk; where this process is patient, again and again while the disk is full or away."""
+    deadline = time.monotonic() + LONG_PATIENCE
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_patient() or error.errno not in _PASSING or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def written(path: Path) -> float | None:
+    """Return when a file was written, in Unix seconds by the clock of its storage, which is one for all machines; None where
+    there is no such file."""
+    if is_object(path):
+        return path.updated()
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None where there is none, or none that is whole."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -229,17 +365,59 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def last_json_lines(path: Path, count: int) -> list[dict[str, Any]]:
     """Return up to `count` last objects of a JSON-lines file, reading only its end."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2048 * count))
-            lines = file.read().decode(errors="replace").splitlines()
+        lines = read_tail(path, 2048 * count).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     return [value for value in map(_parsed, lines) if isinstance(value, dict)][-count:]
 
 
+def read_tail(path: Path, size: int) -> bytes:
+    """Return up to `size` last bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if is_object(path):
+        return path.read_bytes(-size)
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
+
+
+def open_at(path: Path, offset: int) -> BinaryIO:
+    """Return a file opened for reading, from `offset` on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if is_object(path):
+        return io.BytesIO(path.read_bytes(offset))
+    file = path.open("rb")
+    file.seek(offset)
+    return file
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether what stands in a JSON file is a number that one can reckon with: finite, and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether it is a number of steps or of other things that happen one by one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory with all that is in it, as far as that is possible."""
+    if is_object(path):
+        with contextlib.suppress(OSError):
+            path.rmtree()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -1,25 +1,42 @@
 """Copies the working tree, committed or not, so that a queued run does not change when a file is edited.
 
 The user's checkout is only read: no commit, no stash, no index refresh. A snapshot holds what git tracks plus what it
-does not ignore; its name is a hash of its contents, so equal trees are stored once in a run directory.
+does not ignore, but for files of credentials; its name is a hash of its contents, so equal trees are stored once
+in a run directory.
 """
 
 import hashlib
+import io
 import os
+import re
 import shutil
 import stat
 import subprocess
+import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.cache import prune, used
 from launch.errors import UserError
+from launch.objects import cache_dir, is_object
 
 # Source code is far smaller than this; a tree that is not has a data set or a checkpoint in it.
 MAX_BYTES = 200 * 1024**2
 
+# Of the code of runs in Cloud Storage, this machine keeps the trees used last, and those of the last days.
+KEPT, KEPT_DAYS = 20, 7
+
 # Where a script from outside the checkout goes in the snapshot.
 SCRIPT_DIR = "_script"
+
+# Files that hold credentials by their names. They are shipped only where git tracks them, which is to have published them.
+_PRIVATE = re.compile(
+    r"\.env(\..*)?|\.netrc|\.pypirc|\.npmrc|\.git-credentials|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|keystore)"
+    r"|(application_default_)?credentials.*\.json|.*service[-_]account.*\.json",
+    re.IGNORECASE,
+)
 
 # Skipped where there is no git to say what is ignored.
 _IGNORED = {"venv", "__pycache__", "runs", "wandb", "dist", "build"}
@@ -62,10 +79,17 @@ class Snapshot:
     def write(self, code_dir: Path) -> Path:
         """Store the tree as `code_dir/<hash>/` and return that directory; an equal one that is there already is kept.
 
+        In Cloud Storage it is the tarball `code_dir/<hash>.tar.gz`, which `fetch_code` unpacks.
+
         Raises:
             OSError: the directory cannot be written.
         """
         target = code_dir / self.code.hash
+        if is_object(target):
+            tarball = target.with_name(f"{target.name}.tar.gz")
+            if not tarball.exists():
+                tarball.write_bytes(self._tarball())
+            return code_dir / self.code.hash
         if target.exists():
             return target
         partial = code_dir / f".{self.code.hash}.partial"
@@ -81,6 +105,56 @@ class Snapshot:
                 path.chmod(0o555 if file.mode & stat.S_IXUSR else 0o444)
         partial.rename(target)
         return target
+
+    def _tarball(self) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for file in self.files:
+                entry = tarfile.TarInfo(file.path)
+                entry.mode = 0o555 if file.mode & stat.S_IXUSR else 0o444
+                if stat.S_ISLNK(file.mode):
+                    entry.type, entry.linkname = tarfile.SYMTYPE, os.fsdecode(file.contents)
+                    tar.addfile(entry)
+                else:
+                    entry.size = len(file.contents)
+                    tar.addfile(entry, io.BytesIO(file.contents))
+        return buffer.getvalue()
+
+
+def fetch_code(code_dir: Path) -> Path:
+    """Return where the code of a run lies on this machine: in its run directory, or unpacked from there into the cache.
+
+    Args:
+        code_dir: `code/<hash>` in the run directory.
+
+    Raises:
+        UserError: it is not there, or cannot be unpacked.
+    """
+    if not is_object(code_dir):
+        if not code_dir.is_dir():
+            raise UserError(f"{code_dir}: the run's code is gone; resume with --new-code to take this checkout's")
+        return code_dir
+    here = cache_dir() / "code" / code_dir.name
+    if here.is_dir():
+        used(here)
+        return here
+    prune(here.parent, keep=KEPT, days=KEPT_DAYS)
+    tarball = code_dir.with_name(f"{code_dir.name}.tar.gz")
+    partial = here.with_name(f".{here.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(tarball.read_bytes()), mode="r:gz") as tar:
+            tar.extractall(partial, filter="tar")
+        try:
+            partial.rename(here)
+        except OSError:
+            if not here.is_dir():
+                raise
+            shutil.rmtree(partial)  # another process was faster
+    except FileNotFoundError as error:
+        raise UserError(f"{tarball}: the run's code is gone; resume with --new-code to take this checkout's") from error
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{tarball}: cannot be unpacked in {here.parent}: {error}") from error
+    return here
 
 
 def take_snapshot(root: Path, script: Path) -> Snapshot:
@@ -151,12 +225,14 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _git_files(root: Path) -> list[str] | None:
-    """Return tracked and untracked-not-ignored paths, or None where git does not know this tree."""
-    output = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if not output:  # also a copy that lies, ignored, inside some other checkout
+    """Return paths that are tracked, or neither tracked nor ignored; None where git does not know this tree."""
+    tracked = _git(root, "ls-files", "-z", "--cached")
+    others = _git(root, "ls-files", "-z", "--others", "--exclude-standard")
+    if not tracked and not others:  # also a copy that lies, ignored, inside some other checkout
         return None
     files: list[str] = []
-    for name in filter(None, output.split("\0")):
+    shared = [name for name in (others or "").split("\0") if not _PRIVATE.fullmatch(os.path.basename(name))]
+    for name in filter(None, [*(tracked or "").split("\0"), *shared]):
         path = root / name
         if path.is_dir() and not path.is_symlink():  # a submodule is listed as one entry
             files.extend(_walk(path, root))
@@ -169,4 +245,6 @@ def _walk(top: Path, root: Path) -> Iterator[str]:
     for directory, subdirectories, names in os.walk(top):
         subdirectories[:] = [name for name in subdirectories if name not in _IGNORED and name[0] != "."]
         for name in names:
+            if _PRIVATE.fullmatch(name):
+                continue
             yield (Path(directory) / name).relative_to(root).as_posix()

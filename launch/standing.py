@@ -5,12 +5,15 @@ is alive for certain, and the record then needs no correction; where nobody does
 that does not answer corrects nothing.
 """
 
-import os
+import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.backends import Sighting, backend_named
 from launch.errors import UserError
+from launch.objects import in_parallel
 from launch.record import ACTIVE, RunRecord, read_record, write_record
 from launch.run_dir import RunDir
 
@@ -27,6 +30,11 @@ class Standing:
         """Whether anything of the run waits or lives."""
         return self.seen.live
 
+    @property
+    def backend(self) -> str:
+        """The name of the backend that it was last submitted to."""
+        return _backend_of(self.record)
+
 
 def read_standing(run: RunDir) -> Standing:
     """Return how an existing run stands.
@@ -34,19 +42,49 @@ def read_standing(run: RunDir) -> Standing:
     Raises:
         UserError: there is no such run, or its record is unreadable.
     """
-    held = run.is_live()  # first: the supervisor writes its last state before it lets go of the lock
-    record = read_record(run)
-    if record is None:
-        raise UserError(f"{run.root} is not a run directory: it has no run.json")
-    if record.state not in ACTIVE:
-        return Standing(record, Sighting(live=held))
-    name = record.submissions[-1].plan.settings.get("backend", "local") if record.submissions else "local"
-    if held and name == "local":
-        return Standing(record, Sighting(live=True))
-    seen = backend_named(name).look(run, record)
-    if held:
-        return Standing(record, Sighting(True, None, seen.detail, seen.answered, seen.facts))
-    return Standing(record.model_copy(update={"state": seen.state or record.state}), seen)
+    (found,) = read_standings([run])
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def read_standings(runs: Sequence[RunDir]) -> list[Standing | UserError]:
+    """Return for each directory how its run stands, or what `read_standing` raises; asks each scheduler once for all."""
+    found: dict[Path, Standing | UserError] = {}
+    unsure: dict[str, list[tuple[RunDir, RunRecord, bool]]] = {}
+    for run, read in zip(runs, in_parallel(_read, runs, of=runs[0].root) if runs else [], strict=True):
+        if isinstance(read, UserError):
+            found[run.root] = read
+            continue
+        held, record = read
+        if record is None:
+            found[run.root] = UserError(f"{run.root} is not a run directory: it has no run.json")
+        elif record.state not in ACTIVE or (held and _backend_of(record) == "local"):
+            found[run.root] = Standing(record, Sighting(live=held))
+        else:
+            unsure.setdefault(_backend_of(record), []).append((run, record, held))
+    for name, several in unsure.items():
+        sightings = backend_named(name).look([(run, record) for run, record, _ in several])
+        for (run, record, held), seen in zip(several, sightings, strict=True):
+            if held:
+                seen = dataclasses.replace(seen, live=True, state=None)
+            found[run.root] = Standing(record.model_copy(update={"state": seen.state or record.state}), seen)
+    return [found[run.root] for run in runs]
+
+
+def _read(run: RunDir) -> tuple[bool, RunRecord | None] | UserError:
+    """Return whether somebody holds a run, and its record."""
+    try:
+        held = run.is_live()  # first: the supervisor writes its last state before it lets go of the lock
+        return held, read_record(run)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"{run.root}: cannot be read: {error.strerror}")
+
+
+def _backend_of(record: RunRecord) -> str:
+    return record.submissions[-1].plan.settings.get("backend", "local") if record.submissions else "local"
 
 
 def settle(run: RunDir, standing: Standing) -> RunRecord:
@@ -62,9 +100,10 @@ def settle(run: RunDir, standing: Standing) -> RunRecord:
     try:
         settled = record.model_copy(update={"reason": standing.seen.detail or None, "changed": time.time()})
         write_record(run, settled)
-        run.append_event("ended", state=settled.state, reason=settled.reason)
+        number = settled.attempts[-1].number if settled.attempts else 1
+        run.append_event("ended", number, state=settled.state, reason=settled.reason)
     finally:
-        os.close(lock)
+        run.release(lock)
     return settled
 
 

@@ -2,11 +2,12 @@
 
 jax's heartbeats see a process that is gone. One that is alive but stuck holds up all the others in a collective, and no
 error comes. Nothing but steps counts as progress while a job is stepping; what takes long by nature (joining, compiling,
-saving, evaluating) has ten times as long. Times are the caller's: nothing here sleeps or reads a clock.
+fetching data, saving, evaluating) has ten times as long. Times are the caller's: nothing here sleeps or reads a clock, and
+the clocks of two machines are not compared: a process is silent when what it writes stays the same.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ LEAST_SECONDS = 120.0
 STEPS = 10
 # A process whose heart beats once a second is stopped, or its machine is, when it has been silent for this long.
 SILENT_SECONDS = 10.0
+_UNHEARD = {"step": 0, "doing": "starting"}
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,17 @@ class Hang:
 class Watchdog:
     """Compares the beats of one attempt's processes with those it saw before."""
 
-    def __init__(self, timeout: float | Literal["auto"]) -> None:
-        self._chosen = timeout
+    def __init__(self, timeout: float | Literal["auto"], *, tells: bool = False) -> None:
+        """
+        Args:
+            timeout: seconds without a step, or `auto`.
+            tells: whether the job's processes are known to write beats: then one that has not written any is starting. Other
+                programs are left alone until they do.
+        """
+        self._chosen, self._tells = timeout, tells
         self._seen: dict[int, tuple[int, str]] = {}
         self._moved_at: float | None = None
+        self._beats: dict[int, tuple[Mapping[str, Any], float]] = {}  # the last one of each, and when it was first seen
 
     def timeout(self, step_times: list[float]) -> float:
         """Return the seconds without a step after which a job hangs."""
@@ -38,14 +47,22 @@ class Watchdog:
             return float(self._chosen)
         return max(LEAST_SECONDS, STEPS * statistics.median(step_times) if step_times else 0.0)
 
-    def look(self, beats: Mapping[int, Mapping[str, Any]], now: float, step_times: list[float]) -> Hang | None:
+    def look(
+        self, beats: Mapping[int, Mapping[str, Any]], now: float, step_times: list[float], hosts: Iterable[int] = ()
+    ) -> Hang | None:
         """Return whether the job hangs.
 
         Args:
             beats: by process, the newest `time`, `step` and `doing` of each that has written any.
-            now: in Unix seconds.
+            now: in seconds by the caller's clock, which is not set meanwhile.
             step_times: seconds of some recent steps.
+            hosts: all processes that have not ended.
         """
+        if self._tells:
+            beats = {**dict.fromkeys(hosts, _UNHEARD), **beats}
+        for host, beat in beats.items():
+            if host not in self._beats or self._beats[host][0] != beat:
+                self._beats[host] = (beat, now)
         at = {host: (int(beat["step"]), str(beat["doing"])) for host, beat in beats.items()}
         # The slowest process tells how far the job is: the others run ahead of it by a step or two, then wait.
         if not at or at != self._seen or self._moved_at is None:
@@ -59,8 +76,8 @@ class Watchdog:
         least, most = min(step for step, _ in at.values()), max(step for step, _ in at.values())
         doing = " and ".join(sorted({doing for _, doing in at.values()}))
         what = f"no progress for {still:.0f} s at step {most} ({doing})"
-        newest = max(float(beat["time"]) for beat in beats.values())
-        silent = [host for host, beat in beats.items() if newest - float(beat["time"]) > SILENT_SECONDS]
+        newest = max(self._beats[host][1] for host in beats)
+        silent = [host for host in beats if newest - self._beats[host][1] > SILENT_SECONDS]
         behind = [host for host, (step, _) in at.items() if step < most]
         if silent:
             return Hang(silent[0], f"{what}; process {silent[0]} is stopped, or its machine is")

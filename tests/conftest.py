@@ -17,8 +17,10 @@ for name in ("JASMINE_RUN_DIR", "JASMINE_STORAGE", "JASMINE_ATTEMPT"):
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from jasmine.data.episodes import EpisodeWriter  # noqa: E402
-from tests.jobs import Family  # noqa: E402
+from jasmine.data.writer import EpisodeWriter  # noqa: E402
+from tests.jobs import QUICK_COMPILE, Family  # noqa: E402
+
+os.environ.update(QUICK_COMPILE)  # in time for XLA, which reads it when it is used first
 
 pytest_plugins = ["tests.clusters.fixtures"]
 
@@ -32,21 +34,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keeps those tests together in one worker that share the family of runs or the fixtures of a file, except where each of
+    a file's tests takes long and the fixtures do not."""
+    if "family" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("family"))
+    elif item.path.relative_to(REPO / "tests").parts[0] not in ("launch", "clusters", "chaos", "baselines"):
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves tests out as `--jobs` says, and keeps those together in one worker that share a file or the family of runs."""
-    chosen, left_out = [], []
-    for item in items:
-        folder = item.path.relative_to(REPO / "tests").parts[0]
-        job = folder in ("launch", "clusters", "test_end_to_end.py")
-        job = job or item.path.name in ("test_resume.py", "test_distributed.py") or item.name.endswith("[slurm]")
-        wanted = {"with": True, "without": not job, "only": job}[config.getoption("--jobs")]
-        (chosen if wanted else left_out).append(item)
-        family = "family" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("family" if family else item.path.name))
-    if left_out:
+    """Leaves tests out as `--jobs` says."""
+    wanted = {"with": (True, False), "without": (False,), "only": (True,)}[config.getoption("--jobs")]
+    if left_out := [item for item in items if _is_job(item) not in wanted]:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = chosen
+        items[:] = [item for item in items if _is_job(item) in wanted]
+
+
+def _is_job(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(REPO / "tests").parts[0]
+    files = ("test_end_to_end.py", "test_resume.py", "test_distributed.py", "test_gcs.py")
+    return (
+        folder in ("launch", "clusters", "chaos")
+        or item.path.name in files
+        or item.name.endswith(("[slurm]", "[cloud_tpu]"))
+    )
 
 
 def moving_squares(rng: np.random.Generator, frames: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:

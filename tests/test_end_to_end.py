@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from launch.run_dir import RunDir
 from tests import jobs
 from tests.jobs import REPO, TINY
+from tests.launch.reports import read_report
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,13 @@ def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(storage, tiny
     assert saved["step"] == resumed["step"]
     assert list(jobs.metrics(run_dir, "loss")) == list(range(1, 301))
     assert not (run_dir / "metrics.superseded.jsonl").exists()
+    found, _, _ = read_report(RunDir(run_dir))
+    went = found.account.seconds()
+    assert all(went[key] > 0 for key in ("steps", "init", "prep", "restore", "compile", "checkpoint", "down"))
+    assert (went["wasted"], found.account.lost_steps) == (0, {})
+    assert [(view.begun, view.at) for view in found.attempts] == [(0, saved["step"]), (saved["step"], 300)]
+    assert [pace.host for pace in found.hosts] == [0, 1]
+    assert sum(pace.steps for pace in found.hosts) == 2 * (300 - saved["step"] - 1)
 
 
 def test_exception_on_one_process_ends_the_job_and_is_shown_first(storage, tiny_data):
@@ -87,6 +96,9 @@ def test_same_name_again_goes_on_with_another_topology(storage, tiny_data):
     assert list(jobs.metrics(run_dir, "batch_checksum")) == list(range(1, 21))
     status = launch("jobs.py", "status", "moved", "--storage", storage).stdout
     assert re.search(r"step 20\b", status)
+    found, _, _ = read_report(RunDir(run_dir))
+    assert [view.topology for view in found.attempts] == ["2×1 cpu, data 2", "1×2 cpu, data 2"]
+    assert found.account.apart > 0, "nobody wanted it to go on in between"
 
 
 def test_a_mistake_in_the_data_is_not_retried(storage, tmp_path):

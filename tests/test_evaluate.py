@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 from jasmine.evaluate import main
 from tests import jobs

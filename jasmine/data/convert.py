@@ -20,8 +20,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jasmine.data.episodes import INDEX_NAME, LOSSLESS, Encoding, EpisodeDataset, EpisodeWriter, read_index
+from jasmine.data.episodes import EpisodeDataset
+from jasmine.data.index import INDEX_NAME, LOSSLESS, Encoding, read_index
 from jasmine.data.published import PublishedDataset, published_files
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import EXIT_USER_ERROR, UserError
 
 _SAMPLE = 32

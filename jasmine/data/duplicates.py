@@ -16,9 +16,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jasmine.data.episodes import Episodes, open_dataset
+from jasmine.data.episodes import Episodes
+from jasmine.data.opening import open_dataset
 from jasmine.data.splits import ShapeOptions, find_splits, windows
-from jasmine.errors import EXIT_USER_ERROR, UserError
+from jasmine.errors import EXIT_USER_ERROR, ClusterError, UserError
 
 FOUND_ACROSS_SPLITS = 1
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         ) as progress:
             bar = progress.add_task("episodes", total=sum(len(dataset.lengths) for dataset in datasets.values()))
             groups = duplicates(datasets, options.first_frames, lambda count: progress.advance(bar, count))
-    except UserError as error:
+    except (UserError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     across = 0

@@ -14,10 +14,11 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from jasmine.data.episodes import EpisodeDataset, Episodes, open_dataset
+from jasmine.data.episodes import EpisodeDataset, Episodes
+from jasmine.data.opening import open_dataset
 from jasmine.data.published import published_files
 from jasmine.data.splits import ShapeOptions, find_splits, windows
-from jasmine.errors import EXIT_USER_ERROR, UserError
+from jasmine.errors import EXIT_USER_ERROR, ClusterError, UserError
 
 MARGIN = 4
 LABEL_WIDTH = 96
@@ -50,8 +51,11 @@ def describe(name: str, dataset: Episodes, action_episodes: int, seed: int) -> l
     """A split in a few lines of text."""
     lengths = dataset.lengths
     height, width, channels = dataset.frame_shape
-    files = published_files(dataset.path)
-    size = sum(os.path.getsize(file) for file in files)
+    if isinstance(dataset, EpisodeDataset):
+        sizes = [shard.size for shard in dataset.index.shards]
+    else:
+        sizes = [os.path.getsize(file) for file in published_files(dataset.path)]
+    size = sum(sizes)
     per_frame = size / dataset.num_frames
     smaller = f", {height * width * channels / per_frame:.1f}× smaller than its pixels"
     seconds = f", {dataset.num_frames / dataset.fps / 60:.1f} minutes at {dataset.fps:g} fps" if dataset.fps else ""
@@ -59,7 +63,7 @@ def describe(name: str, dataset: Episodes, action_episodes: int, seed: int) -> l
         f"{name}: {len(lengths)} episodes, {dataset.num_frames} frames{seconds}",
         f"  frames   {height}×{width}×{channels} uint8",
         f"  lengths  min {lengths.min()}, median {np.median(lengths):g}, max {lengths.max()} frames",
-        f"  on disk  {size / 2**20:.1f} MiB in {len(files)} files; {per_frame:,.0f} bytes a frame{smaller}",
+        f"  on disk  {size / 2**20:.1f} MiB in {len(sizes)} files; {per_frame:,.0f} bytes a frame{smaller}",
     ]
     names: list[str] = []
     if isinstance(dataset, EpisodeDataset):
@@ -151,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(describe(name, dataset, options.action_episodes, options.seed)))
             if name == shown and options.out is not None:
                 print("  wrote    " + ", ".join(write_pictures(dataset, options, options.out)))
-    except UserError as error:
+    except (UserError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:

@@ -13,15 +13,17 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import grain
 import numpy as np
 from absl import flags
 
-from jasmine.data.episodes import Episodes
+from jasmine.data.episodes import EpisodeDataset, Episodes
+from jasmine.data.read_ahead import ReadAhead
 from jasmine.data.records import WindowId
 from jasmine.data.sampling import WindowSampler, permute
 from jasmine.data.tokens import TokenDataset
@@ -54,6 +56,8 @@ def batches(
     num_threads: int = 4,
     prefetch: int = 4,
     label_fraction: float = 1.0,
+    stop_step: int | None = None,
+    left_out: Collection[int] = (),
 ) -> BatchIterator:
     """The batches of steps `start_step`, `start_step + 1`, … without end.
 
@@ -70,6 +74,9 @@ def batches(
             latency of slow storage; one is enough for the page cache.
         prefetch: batches to have ready.
         label_fraction: the share of episodes whose actions may be used; below 1, batches say which do (`is_labelled`).
+        stop_step: the batch of this step and later ones will not be asked for: shards from a bucket that only these need
+            are not fetched ahead. None: there is no such step.
+        left_out: numbers of batches that no step takes (`jasmine.data.sampling.batch_of`).
 
     Returns:
         An iterator over {"videos": uint8 (b, seq_len, H, W, C)}, b the number of rows; where the dataset has actions,
@@ -84,7 +91,7 @@ def batches(
         raise UserError(f"--label_fraction={label_fraction}: give a share of the episodes, from 0 to 1")
     if isinstance(dataset, TokenDataset):
         dataset.check_seq_len(seq_len)
-    sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path)
+    sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path, left_out=left_out)
     source = _StepSource(
         dataset, sampler, batch_size, slice(None) if rows is None else rows, start_step, label_fraction
     )
@@ -93,6 +100,21 @@ def batches(
         num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead if num_threads else 0
     )
     pipeline = grain.MapDataset.source(source).to_iter_dataset(read_options)
+    if isinstance(dataset, EpisodeDataset | TokenDataset) and dataset.staged is not None:
+        # Here, not in the workers: what they need is fetched in the order of steps.
+        being_read = ahead * max(1, num_workers) if num_threads else 1
+        read_ahead = ReadAhead(
+            dataset.staged,
+            lambda step: dataset.shards_of(source.windows(step)[0]),
+            start_step,
+            being_read,
+            stop_step,
+        )
+        return _StagedBatches(_iterator(pipeline, num_workers), read_ahead, start_step)
+    return _iterator(pipeline, num_workers)
+
+
+def _iterator(pipeline: Any, num_workers: int) -> BatchIterator:
     if num_workers == 0:
         return iter(pipeline)
     if not flags.FLAGS.is_parsed():
@@ -119,10 +141,17 @@ def is_labelled(dataset: Episodes | TokenDataset, episodes: np.ndarray, *, seed:
 
 
 def record_ids(
-    dataset: Episodes | TokenDataset, *, seq_len: int, batch_size: int, seed: int, step: int
+    dataset: Episodes | TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    left_out: Collection[int] = (),
 ) -> list[WindowId]:
     """Where the windows of the global batch of `step` lie, in order: what to look at when that step goes wrong."""
-    episodes, starts = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path).windows(step, batch_size)
+    sampler = WindowSampler(dataset.lengths, seq_len, seed, source=dataset.path, left_out=left_out)
+    episodes, starts = sampler.windows(step, batch_size)
     return [dataset.locate(int(episode), int(start)) for episode, start in zip(episodes, starts, strict=True)]
 
 
@@ -155,6 +184,26 @@ class _WorkerBatches:
         self._iterator.close()
 
 
+class _StagedBatches:
+    """Fetches ahead of the batches that are asked for; begins before the first is."""
+
+    def __init__(self, iterator: BatchIterator, ahead: ReadAhead, start_step: int) -> None:
+        self._iterator, self._ahead, self._step = iterator, ahead, start_step
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        self._ahead.reached(self._step)
+        self._step += 1
+        return batch
+
+    def close(self) -> None:
+        self._ahead.close()
+        self._iterator.close()
+
+
 @dataclass(frozen=True)
 class _StepSource:
     """Grain's random-access source: element i is the local batch of step `start_step + i`."""
@@ -169,9 +218,13 @@ class _StepSource:
     def __len__(self) -> int:
         return _ENDLESS
 
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Episodes and starts of the local batch of a step."""
+        episodes, starts = self.sampler.windows(step, self.batch_size)
+        return episodes[self.rows], starts[self.rows]
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        episodes, starts = self.sampler.windows(self.start_step + index, self.batch_size)
-        episodes, starts = episodes[self.rows], starts[self.rows]
+        episodes, starts = self.windows(self.start_step + index)
         read = self.dataset.read_windows(episodes, starts, self.sampler.seq_len)
         if isinstance(read, dict):
             batch = read

@@ -2,12 +2,15 @@
 
 Every window of `seq_len` consecutive frames of one episode is one example, so an episode is drawn in proportion to
 how many windows it holds. An epoch is a permutation of all windows, anew for each epoch. The batch of step s takes the
-positions s·B to (s+1)·B of the endless sequence of epochs.
+positions s·B to (s+1)·B of the endless sequence of epochs; where a run leaves batches out (`--on_nonfinite rollback`), later
+steps take the next ones.
 
-Invariants: `WindowSampler.windows` is a pure function of (lengths, seq_len, seed, step, batch_size); it knows nothing
-of processes, workers or what was read before. It needs no memory per window: the permutation is computed, not stored.
+Invariants: `WindowSampler.windows` is a pure function of (lengths, seq_len, seed, left_out, step, batch_size); it knows
+nothing of processes, workers or what was read before. It needs no memory per window: the permutation is computed, not stored.
 Its values are part of what a checkpoint means; changing them changes every resumed run.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -26,12 +29,21 @@ class WindowSampler:
         seq_len: frames in a window.
         seed: any integer.
         source: what to call the data in an error.
+        left_out: numbers of batches that no step takes.
 
     Raises:
         UserError: no episode is as long as a window.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, *, source: str = "the data") -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seq_len: int,
+        seed: int,
+        *,
+        source: str = "the data",
+        left_out: Collection[int] = (),
+    ) -> None:
         if seq_len < 1:
             raise UserError(f"a window of {seq_len} frames (--seq_len): give at least 1")
         longest = int(np.max(lengths, initial=0))
@@ -42,6 +54,7 @@ class WindowSampler:
             )
         self.seq_len = seq_len
         self.seed = seed
+        self.left_out = tuple(sorted(left_out))
         self._ends = np.cumsum(np.maximum(np.asarray(lengths, np.int64) - seq_len + 1, 0))
 
     @property
@@ -55,12 +68,20 @@ class WindowSampler:
         Returns:
             episodes, starts: int64 (batch_size,) each; frames `starts[i]` to `starts[i] + seq_len` of `episodes[i]`.
         """
-        positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        positions = batch_of(step, self.left_out) * batch_size + np.arange(batch_size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_windows)
         windows = permute(offsets, epochs, self.num_windows, self.seed)
         episodes = np.searchsorted(self._ends, windows, side="right")
         before = np.where(episodes > 0, self._ends[episodes - 1], 0)
         return episodes, windows - before
+
+
+def batch_of(step: int, left_out: Collection[int]) -> int:
+    """The number of the batch that the update from `step` to `step + 1` takes: `step`, and one more for each batch before it
+    that is left out."""
+    for batch in sorted(left_out):
+        step += batch <= step
+    return step
 
 
 def permute(offsets: np.ndarray, epochs: np.ndarray, size: int, seed: int) -> np.ndarray:

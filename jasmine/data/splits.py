@@ -1,13 +1,15 @@
 """Which splits a dataset has, and walking through their episodes: what the tools that look at whole datasets share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from jasmine.data.episodes import INDEX_NAME, Episodes, open_dataset
-from jasmine.data.published import published_files
+from jasmine.data.bucket import is_bucket_url, list_folder
+from jasmine.data.episodes import Episodes
+from jasmine.data.index import INDEX_NAME
+from jasmine.data.opening import bucket_splits, is_split, open_dataset
 from jasmine.errors import UserError
 
 USUAL_ORDER = ("train", "val", "test")
@@ -33,14 +35,22 @@ class ShapeOptions:
 
 
 def find_splits(path: str) -> dict[str, str]:
-    """Name to folder of every split at `path`, which is a dataset or a split itself. UserError if there is none."""
-    if _is_split(path):
+    """Name to folder of every split at `path`, which is a dataset or a split itself. UserError if there is none.
+
+    In a bucket (`gs://`) only splits of our own format are found.
+    """
+    if is_bucket_url(path):
+        here = list_folder(path)
+        found = {here.url.rpartition("/")[2]: here.url} if INDEX_NAME in here.objects else bucket_splits(path)
+        if not found:
+            open_dataset(path)  # raises, and knows best what to say
+        return {name: found[name] for name in _ordered(found)}
+    if is_split(path):
         return {os.path.basename(os.path.abspath(path)): path}
-    names = [entry.name for entry in os.scandir(path) if _is_split(entry.path)] if os.path.isdir(path) else []
+    names = [entry.name for entry in os.scandir(path) if is_split(entry.path)] if os.path.isdir(path) else []
     if not names:
         open_dataset(path)  # raises, and knows best what to say
-    ordered = [name for name in USUAL_ORDER if name in names] + sorted(set(names) - set(USUAL_ORDER))
-    return {name: os.path.join(path, name) for name in ordered}
+    return {name: os.path.join(path, name) for name in _ordered(names)}
 
 
 def windows(dataset: Episodes, episode: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -50,5 +60,5 @@ def windows(dataset: Episodes, episode: int) -> Iterator[tuple[np.ndarray, np.nd
         yield dataset.read_window(episode, start, min(FRAMES_AT_ONCE, length - start))
 
 
-def _is_split(path: str) -> bool:
-    return os.path.exists(os.path.join(path, INDEX_NAME)) or bool(published_files(path))
+def _ordered(names: Collection[str]) -> list[str]:
+    return [name for name in USUAL_ORDER if name in names] + sorted(set(names) - set(USUAL_ORDER))

@@ -28,9 +28,13 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jasmine.data.episodes import INDEX_NAME, Episodes, EpisodeWriter, open_dataset, read_index
+from jasmine.data.bucket import is_bucket_url
+from jasmine.data.episodes import Episodes
+from jasmine.data.index import INDEX_NAME, read_index
+from jasmine.data.opening import open_dataset
 from jasmine.data.splits import ShapeOptions, find_splits
 from jasmine.data.tokens import EncoderInfo, Origin, TokenInfo, TokenMetadata, token_metadata
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import EXIT_SAVED, UserError
 from jasmine.training import cli, distributed
 from jasmine.training.runs import TrainedRun, load_run
@@ -206,7 +210,8 @@ class _Work:
         share = min(LARGEST_SHARD_BYTES // window_bytes, max(SMALLEST_SHARD, math.ceil(counts.sum() / SHARDS)))
         share = options.windows_per_shard or max(1, share)
         skipped = tuple(np.flatnonzero(counts == 0).tolist())
-        origin = Origin(os.path.abspath(dataset.path), dataset.num_frames, skipped, share)
+        source = dataset.path if is_bucket_url(dataset.path) else os.path.abspath(dataset.path)
+        origin = Origin(source, dataset.num_frames, skipped, share)
         begun, finished = _begun(target, TokenMetadata(tokens, origin))
         metadata = begun or TokenMetadata(tokens, origin)  # which is the same, but says where the models were then
         episodes = np.flatnonzero(counts)

@@ -1,7 +1,7 @@
 """Token datasets: what a trained tokenizer makes of the windows of a dataset, so that training need not run it again.
 
 Tokenizers count time from a window's first frame, so the tokens of a frame depend on where its window starts, and are
-stored once for every window. On disk a token dataset is an ordinary one (`jasmine.data.episodes`) with an episode for
+stored once for every window. On disk a token dataset is an ordinary one (`jasmine.data.index`) with an episode for
 each of the source's that has a window. What is a frame there is here a whole window, written as a grey picture, uint8
 (seq_len, row bytes, 1), and what is an action there is here the actions of the window, (seq_len, *action_shape):
 
@@ -22,8 +22,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from jasmine.data.episodes import INDEX_NAME, EpisodeDataset, Episodes, Index, open_dataset
+from jasmine.data.episodes import EpisodeDataset, Episodes
+from jasmine.data.index import INDEX_NAME, Index
+from jasmine.data.opening import open_dataset
 from jasmine.data.records import WindowId
+from jasmine.data.staging import DataCache, StagedFiles
 from jasmine.errors import UserError
 
 LATENT_ACTION_DTYPE = np.dtype("<i4")
@@ -191,6 +194,15 @@ class TokenDataset:
         """Episode lengths, int64 (E,), that have as many windows of `seq_len` as are stored: the source's, for stride 1."""
 
     @property
+    def staged(self) -> StagedFiles | None:
+        """The shards, where they lie in a bucket."""
+        return self._stored.staged
+
+    def shards_of(self, episodes: Sequence[int] | np.ndarray) -> np.ndarray:
+        """See `EpisodeDataset.shards_of`."""
+        return self._stored.shards_of(episodes)
+
+    @property
     def frame_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the source's frames."""
         return self.tokens.frame_shape
@@ -248,10 +260,14 @@ class TokenDataset:
 
 
 def open_training_data(
-    path: str | os.PathLike[str], split: str = "train", *, frame_shape: tuple[int, int, int] | None = None
+    path: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    frame_shape: tuple[int, int, int] | None = None,
+    cache: DataCache | None = None,
 ) -> Episodes | TokenDataset:
-    """Opens a split to train from, of frames or of tokens. Arguments and errors: `jasmine.data.episodes.open_dataset`."""
-    dataset = open_dataset(path, split, frame_shape=frame_shape)
+    """Opens a split to train from, of frames or of tokens. Arguments and errors: `jasmine.data.opening.open_dataset`."""
+    dataset = open_dataset(path, split, frame_shape=frame_shape, cache=cache)
     if isinstance(dataset, EpisodeDataset):
         metadata = token_metadata(dataset.index, dataset.path)
         return dataset if metadata is None else TokenDataset(dataset, metadata)

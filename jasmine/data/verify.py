@@ -6,7 +6,6 @@ checksum and holds as many frames and actions as the index implies, images decod
 published format: every record passes the checksum and is a record of plain data. Nothing found in a record is executed.
 """
 
-import io
 import os
 import sys
 from collections import Counter
@@ -16,11 +15,12 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from jasmine.data.episodes import ACTION_DTYPE, INDEX_NAME, Index, Shard, read_index
+from jasmine.data.bucket import is_bucket_url
+from jasmine.data.images import IMAGE_ERRORS, open_image
+from jasmine.data.index import ACTION_DTYPE, INDEX_NAME, Index, Shard, read_index
 from jasmine.data.published import BadRecordError, parse_record, published_files
 from jasmine.data.records import ShardReaders
 from jasmine.data.splits import find_splits
@@ -119,7 +119,7 @@ def _records(path: str, count: int | None, advance: Advance) -> Iterator[tuple[i
 
 
 def _payload_problem(index: Index, payload: bytes, held: int) -> str | None:
-    """What is wrong with a record of `held` frames, by the layout in `jasmine.data.episodes`."""
+    """What is wrong with a record of `held` frames, by the layout in `jasmine.data.payload`."""
     if index.encoding in ("raw", "zstd"):
         pixels_end = held * index.frame_bytes
     else:
@@ -146,10 +146,12 @@ def _payload_problem(index: Index, payload: bytes, held: int) -> str | None:
 def _image_problem(index: Index, encoded: bytes) -> str | None:
     height, width, _ = index.frame_shape
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
+            if image.size != (width, height):
+                return f"{image.height}×{image.width}, not {height}×{width}"
             image.load()
-            return None if image.size == (width, height) else f"{image.height}×{image.width}, not {height}×{width}"
-    except (OSError, SyntaxError, ValueError) as error:
+            return None
+    except IMAGE_ERRORS as error:
         return f"cannot be decoded ({error})"
 
 
@@ -157,6 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = tyro.cli(Options, prog="python -m jasmine.data.verify", args=arguments, use_underscores=True)
     try:
+        if is_bucket_url(options.path):
+            raise UserError(
+                f"{options.path} is in a bucket, whose files are verified when they are fetched; this reads folders: "
+                "verify the data where they were made, or copy them to a disk"
+            )
         folders = find_splits(options.path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jasmine.models.quantized import Quantize, int8_product
+from jasmine.training.sharding import traced_device
 
 Logical = Sequence[str | None]
 
@@ -178,10 +179,9 @@ def unfused_attention() -> Iterator[None]:
         _fused_allowed.reset(token)
 
 
-@functools.cache
 def _has_fused_attention() -> bool:
     """cuDNN's kernel needs an NVIDIA GPU of the Ampere generation (compute capability 8.0) or later."""
-    device = jax.local_devices()[0]
+    device = traced_device()
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
     return float(device.compute_capability) >= 8.0

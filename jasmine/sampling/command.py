@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from jasmine.data.episodes import EpisodeDataset
+from jasmine.data.images import IMAGE_ERRORS, open_image
 from jasmine.data.sampling import WindowSampler
 from jasmine.data.tokens import TokenDataset, open_training_data
 from jasmine.errors import UserError
@@ -147,8 +147,9 @@ def _start(config: SampleConfig, world: World) -> tuple[np.ndarray, np.ndarray, 
     if config.start_image:
         height, width, channels = world.frame_shape
         try:
-            image = Image.open(config.start_image).convert("L" if channels == 1 else "RGB").resize((width, height))
-        except OSError as error:
+            found = open_image(config.start_image)
+            image = found.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except IMAGE_ERRORS as error:
             raise UserError(f"--start_image={config.start_image} cannot be read: {error}") from error
         clips = np.broadcast_to(np.asarray(image).reshape(world.frame_shape), (config.num_clips, 1, *world.frame_shape))
         fps = None

@@ -2,30 +2,44 @@
 
 A step's folder holds the state (parameters, optimizer, step) and `meta`, the run's config and data position for people to
 read; what comes next follows from seed and step, so no loader state is kept. An unfinished save is never restored from,
-an unreadable one is set aside and the one before it used, and a failed save is reported and survived.
+one that is damaged, or cannot be read for a minute, is set aside and the one before it used, and a failed save is
+reported and survived. Which of them stay is Orbax's to carry out, after the next one is complete: the newest ones, every so
+many steps, and the best by a metric, whose value lies in the step's folder too: whoever resumes the run goes on by it.
 """
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jasmine.errors import UserError
-from jasmine.training import run_files
+from jasmine.errors import ClusterError, UserError
+from jasmine.training import objects, run_files
 from jasmine.training.config import TrainConfig
+from jasmine.training.nonfinite import name_of
 from jasmine.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_SECONDS = 600
 FAILED_SAVES_IN_A_ROW = 3
+# Processes that hold the same array share the writing of it if each of its replicas gets this much. Orbax would have the
+# devices of one process share it too, and every bias, and cut them up by a program for each shape and place, which takes
+# seconds to compile: training stands still for that.
+LEAST_SLICE_BYTES = 16 * 1024
+# Between the readings of checkpoints that fail of what may pass; about as long as libraries wait for a bucket.
+READ_PAUSES_SECONDS = (1, 2, 4, 8, 15, 30)
+# How the reading of a checkpoint went, from well to worst.
+_READ, _AWAY, _DAMAGED = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,64 +50,132 @@ class Restored:
     meta: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class _KeepBest:
+    """A preservation policy: the `count` best of those with a value of `metric`. Orbax's own also keeps others while there
+    are few."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of the checkpoints, ordered by step, are to stay. Of equal ones the earlier is the better."""
+        have = [one for one in checkpoints if _finite((one.metrics or {}).get(self.metric))]
+        have.sort(key=lambda one: one.metrics[self.metric], reverse=self.mode == "max")
+        best = {one.step for one in have[: self.count]}
+        return [one.step in best for one in checkpoints]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _share_writing() -> None:
+    """Has this process write its part of what several hold; a checkpoint is read alike, whoever has written which part."""
+    default = ocp.type_handlers.get_type_handler(jax.Array)
+    store = getattr(default, "_array_metadata_store", None)  # of shapes and chunks; there is no public way to one
+    handler = ocp.type_handlers.ArrayHandler(
+        use_replica_parallel=jax.process_count() > 1,
+        min_slice_bytes_for_replica_parallel=LEAST_SLICE_BYTES,
+        array_metadata_store=store,
+    )
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 class Checkpointer:
     """The `checkpoints` folder of a run, for the one job that trains it. Every process makes one and calls it alike."""
 
-    def __init__(self, directory: epath.Path, config: TrainConfig):
+    def __init__(
+        self,
+        directory: epath.Path,
+        config: TrainConfig,
+        *,
+        read_only: bool = False,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ):
         """
+        Args:
+            read_only: only restores, and changes nothing; another job may be training in the run.
+            on_saved: called with the step of a save that was found to be complete, once.
+
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder may not be made or written.
+            ClusterError: it cannot be made or read now.
         """
         self.directory = directory
         self._failures = 0
-        self.problem = ""  # what became of the last save that failed, as one line
+        self._problem = ""  # what became of the last save that failed, as one line
+        self._problem_may_pass = False
         # Orbax lists a step from the beginning of its save, whatever becomes of it.
         self._failed_steps: set[int] = set()
         self._saving: int | None = None
+        self._on_saved = on_saved
+        self._told = True  # of the save in `_saving`
         keep: list[Any] = [checkpoint_managers.LatestN(config.keep_checkpoints)]
         if config.log_checkpoint_keep_period > 0:
             keep.append(checkpoint_managers.EveryNSteps(config.log_checkpoint_keep_period))
+        if config.keep_best > 0:
+            keep.append(_KeepBest(config.best_metric, config.best_mode, config.keep_best))
+        self._best_metric = config.best_metric if config.keep_best > 0 else None
+        self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            # Has Orbax store the metrics; what stays is up to the policies above.
+            best_fn=(lambda metrics: metrics[config.best_metric]) if config.keep_best > 0 else None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS),
         )
+        _share_writing()
         try:
             handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoints to {directory}: {error.strerror or error}") from error
+        except objects.errors(directory) as error:
+            raise objects.storage_error(f"cannot write checkpoints to {directory}", error) from error
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first."""
         return sorted(set(self._manager.all_steps()) - self._failed_steps)
 
-    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> bool:
+    def save(
+        self, step: int, state: TrainState, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> bool:
         """Begins a save and returns once the arrays are copied; writing goes on behind. The state may then be donated.
+
+        Args:
+            metrics: of this step. One that is not among them, or not finite, is never the best.
 
         Returns:
             whether it was begun. Failures, of this save or found out about an earlier one, are logged.
 
         Raises:
-            UserError: several saves in a row failed.
+            UserError: several saves in a row failed, the last of something that the user has to mend.
+            ClusterError: of something that may pass.
         """
         run_files.leave_if_replaced(self.directory.parent)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta)))
+        described = {**meta, "checksum": int(_checksum(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(described))
         try:
             self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         except Exception as error:  # of the save before
             self._failed(None, error)
         else:
-            self._failures = 0
+            if self._saving not in self._failed_steps:  # else there was none to wait for
+                self._failures = 0
+            self._tell()
         if step in self.steps():
             return True
         self._saving = step
         self._failed_steps.discard(step)
+        value = (metrics or {}).get(self._best_metric) if self._best_metric else None
+        stored = {self._best_metric: float(value)} if value is not None and math.isfinite(value) else None
         try:
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=items, metrics=stored, force=True)
         except Exception as error:
-            self._failed(step, error)
-            return False
+            return self._failed(step, error)
+        self._told = False
         return True
 
     def wait(self) -> bool:
@@ -102,39 +184,69 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            self._failed(None, error)
-            return False
+            return self._failed(None, error)
         self._failures = 0
+        self._tell()
         return True
 
     def poll(self) -> None:
         """Notices a failure of the save in the background without waiting for it."""
+        # While one is under way, Orbax would wait for its metadata for as long as storage does not answer.
+        if self._manager.is_saving_in_progress():
+            return
         try:
             self._manager.check_for_errors()
         except Exception as error:
             self._failed(None, error)
+        else:
+            self._tell()
+
+    def _tell(self) -> None:
+        if not self._told and self._saving is not None and self._saving not in self._failed_steps:
+            self._on_saved(self._saving)
+        self._told = True
 
     def close(self) -> None:
         """Releases threads. Call `wait` first to know how the last save ended: here its failure is not news any more."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
-    def _failed(self, step: int | None, error: Exception) -> None:
-        self._failures += 1
+    def _failed(self, step: int | None, error: Exception) -> bool:
+        """Tells of a failure; returns whether the checkpoint is there all the same: what failed came after it, such as
+        the deletion of an older one."""
         step = self._saving if step is None else step
+        if step is not None and self._is_complete(step):
+            print(
+                f"warning: after the checkpoint of step {step} in {self.directory}: {objects.reason(error)}", flush=True
+            )
+            self._failures = 0
+            self._tell()
+            return True
+        self._failures += 1
         self._remove_partial()
         if step is not None:
             self._failed_steps.add(step)
         if jax.process_count() == 1:  # with more, reloading would wait for peers that may not have failed
             self._manager.reload()
         which = f"the checkpoint of step {step}"
-        text = f"{which} could not be saved in {self.directory}: {reason(error)}"
-        self.problem = f"{text}. The last good one: {self._newest()}"
+        text = f"{which} could not be saved in {self.directory}: {objects.reason(error)}"
+        self._problem = f"{text}. The last good one: {self._newest()}"
+        self._problem_may_pass = objects.may_pass(error)
         if self._failures >= FAILED_SAVES_IN_A_ROW:
-            raise UserError(
-                f"{text}; {self._failures} saves in a row failed. The last good one: {self._newest()}"
-            ) from error
-        print(f"warning: {self.problem}", flush=True)
+            self._problem = f"{text}; {self._failures} saves in a row failed. The last good one: {self._newest()}"
+            raise self.failure() from error
+        print(f"warning: {self._problem}", flush=True)
+        return False
+
+    def failure(self, where: str = "") -> UserError | ClusterError:
+        """What to raise where training cannot go on without the last save that failed; `where` begins its message."""
+        return (ClusterError if self._problem_may_pass else UserError)(where + self._problem)
+
+    def _is_complete(self, step: int) -> bool:
+        try:
+            return bool(ocp.utils.is_checkpoint_finalized(self.directory / str(step)))
+        except (OSError, ValueError):  # there is no such folder
+            return False
 
     def _remove_partial(self) -> None:
         """Gives back the space of a save that failed; where the disk is full, the next one needs it."""
@@ -147,53 +259,79 @@ class Checkpointer:
         steps = self.steps()
         return f"step {steps[-1]}" if steps else "none yet"
 
-    def restore(self, abstract: TrainState) -> Restored | None:
+    def restore(self, abstract: TrainState, last: int | None = None) -> Restored | None:
         """The newest checkpoint that can be read; None if there is none.
 
         Args:
             abstract: shapes, dtypes and shardings to restore into; the mesh may differ from the one that saved.
+            last: look only at steps up to this one.
 
         Raises:
-            UserError: the model or optimizer differs from the saved one (names the parameter and both shapes), or no
-                checkpoint is readable.
+            UserError: the model or optimizer differs from the saved one (names the parameter and both shapes), or all
+                checkpoints are damaged.
+            ClusterError: none can be read now, for a reason that may pass.
         """
+        pauses = list(READ_PAUSES_SECONDS)  # for all steps together: where storage is away, it is so for each of them
         unreadable: list[int] = []
-        for step in reversed(self.steps()):
-            try:
-                _check_compatible(self._manager.item_metadata(step)["state"].tree, abstract, self.directory / str(step))
-                items = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
-                )
-                failure = None
-            except UserError:
-                raise
-            except Exception as error:
-                failure = error
-            if not _everywhere(failure is None):
+        away, why = False, ""
+        for step in reversed([step for step in self.steps() if last is None or step <= last]):
+            restored, verdict, why = self._read(step, abstract)
+            while verdict == _AWAY and pauses:
+                pause = pauses.pop(0)
                 print(
-                    f"warning: checkpoint {step} in {self.directory} cannot be read "
-                    f"({reason(failure) if failure else 'on another process'}); trying the one before it",
+                    f"warning: checkpoint {step} in {self.directory} cannot be read now ({why}); trying again in {pause} s",
                     flush=True,
                 )
-                unreadable.append(step)
-                continue
-            self._set_aside(unreadable)
-            return Restored(items["state"], items["meta"] or {})
-        if unreadable:
-            raise UserError(
-                f"no checkpoint in {self.directory} can be read (tried steps {', '.join(map(str, unreadable))}); "
-                f"move the folder away to start anew"
+                time.sleep(pause)
+                restored, verdict, why = self._read(step, abstract)
+            if restored is not None:
+                self._set_aside(unreadable)
+                return restored
+            print(
+                f"warning: checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before it",
+                flush=True,
             )
-        return None
+            unreadable.append(step)
+            away = away or verdict == _AWAY
+        if not unreadable:
+            return None
+        tried = f"(tried steps {', '.join(map(str, unreadable))})"
+        if away:
+            raise ClusterError(f"no checkpoint in {self.directory} can be read now {tried}: {why}")
+        raise UserError(f"no checkpoint in {self.directory} can be read {tried}; move the folder away to start anew")
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[Restored | None, int, str]:
+        """A step if all processes could read it, and how that went for the worst of them, with the reason: what follows from
+        it they all do alike. Orbax's manager would have those that could read wait for those that could not."""
+        folder = self.directory / str(step)
+        mine, why = _READ, "on another process"
+        restored = None
+        try:
+            handler = ocp.StandardCheckpointHandler()
+            _check_compatible(handler.metadata(folder / "state").tree, abstract, folder)
+            state = handler.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
+            meta = ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+            restored = Restored(state, meta or {})
+        except UserError:
+            raise
+        except Exception as error:
+            mine, why = _AWAY if objects.may_pass(error) else _DAMAGED, objects.reason(error)
+        verdict = _worst(mine)
+        if verdict != _READ or restored is None:
+            return None, verdict, why
+        if not _as_saved(restored.state, restored.meta):
+            return None, _DAMAGED, "its contents are not those that were saved"
+        return restored, verdict, ""
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves unreadable steps out of the way, so that training can save those steps again. Deletes nothing."""
-        if not steps:
+        if not steps or self._read_only:
             return
         if jax.process_index() == 0:
             aside = self.directory.parent / "unreadable_checkpoints"
             aside.mkdir(parents=True, exist_ok=True)
+            if objects.is_object(aside):  # there a folder is what lies in it, and epath moves nothing into an empty one
+                (aside / ".directory").write_text("")
             for step in steps:
                 target = aside / str(step)
                 count = 1
@@ -206,35 +344,33 @@ class Checkpointer:
         self._manager.reload()
 
 
-def reason(error: BaseException | None) -> str:
-    """The line of an error that tells a person most: of a chain of causes the operating system's, else the first line."""
-    chain, current = [], error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for link in chain:
-        if isinstance(link, OSError) and link.strerror:
-            return f"{link.strerror}" + (f" ({link.filename})" if link.filename else "")
-    text = str(error).strip()
-    for known in ("No space left on device", "Permission denied", "File too large", "Disk quota exceeded"):
-        if known in text:
-            return known
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
+@jax.jit
+def _checksum(state: TrainState) -> jax.Array:
+    """uint32 of all bits of a state. Integers wrap: the order of summation, and with it the topology, does not matter."""
+    words = []
+    for array in jax.tree.leaves(state):
+        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+        words.append(jnp.sum(bits, dtype=jnp.uint32))
+    return jnp.sum(jnp.stack(words), dtype=jnp.uint32)
 
 
-def _everywhere(ok: bool) -> bool:
+def _as_saved(state: TrainState, meta: Mapping[str, Any]) -> bool:
+    """Whether a state is what `meta` says was saved. Storage may return other bits than it was given, and of the files of
+    large arrays neither Orbax nor a disk keeps checksums."""
+    return "checksum" not in meta or int(meta["checksum"]) == int(_checksum(state))
+
+
+def _worst(mine: int) -> int:
+    """The largest of all processes' numbers."""
     if jax.process_count() == 1:
-        return ok
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(ok)).all())
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        return mine
+    return int(multihost_utils.process_allgather(jnp.asarray(mine)).max())
 
 
 def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    return {name_of(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def _check_compatible(saved_tree: Any, abstract: TrainState, where: epath.Path) -> None:

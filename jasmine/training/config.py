@@ -4,11 +4,22 @@ Names follow the published Jasmine where it has the option.
 """
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from jasmine.errors import UserError
 from jasmine.models.transformer import RematPolicy
 from jasmine.training.mesh import MeshConfig
+
+# Options that may differ between the attempts of a run; any other makes it another function of the step.
+FREE_OPTIONS = {
+    "data_dir", "val_data_dir", "ckpt_dir", "restore_ckpt", "data_cache_gib", "num_workers", "stop_at_step", "mesh", "remat",
+    "use_flash_attention", "log", "tensorboard", "name", "project", "entity", "tags", "log_interval", "log_gradients",
+    "log_batch_checksum", "profile_steps", "log_checkpoint_interval", "log_checkpoint_keep_period", "keep_checkpoints",
+    "save_every_minutes", "keep_best", "best_metric", "best_mode", "on_nonfinite", "max_skipped", "max_rollbacks",
+    "replay_step", "val_interval", "val_steps",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +37,8 @@ class TrainConfig:
 
     # --- where things are ---
     data_dir: str = ""
-    """Training data: a split's folder (`data/coinrun/train`) or a dataset's root (then its `train`)."""
+    """Training data: a split's folder (`data/coinrun/train`) or a dataset's root (then its `train`). It may be in a bucket
+    (`gs://BUCKET/coinrun`): files are then staged on the local disk."""
     val_data_dir: str = ""
     """Validation data, likewise (of a root: its `val`). Empty: no evaluation."""
     ckpt_dir: str = ""
@@ -40,6 +52,9 @@ class TrainConfig:
     """Frame width, likewise."""
     image_channels: int | None = None
     """Colour channels, likewise."""
+    data_cache_gib: float | None = None
+    """Local disk for files of data in a bucket, in GiB, shared by all jobs of a host. Default: four fifths of what is
+    free. `JASMINE_DATA_CACHE_DIR` says where (default `~/.cache/jasmine/data`)."""
     num_workers: int = 0
     """Processes that read data. 0: threads of this one, enough unless frames are JPEG, WebP or PNG."""
 
@@ -107,13 +122,34 @@ class TrainConfig:
     profile_steps: str = ""
     """`a:b` writes a profiler trace of steps a to b into the run directory."""
 
-    # --- checkpoints and evaluation ---
+    # --- saving: at each of these, on a signal, and at the end. A checkpoint stays while any reason to keep it holds ---
     log_checkpoint_interval: int = 1000
-    """Steps between checkpoints."""
-    log_checkpoint_keep_period: int = 20_000
-    """Checkpoints at multiples of this are kept for ever; 0: none are."""
+    """Steps between checkpoints; a number past num_steps: none by steps."""
+    save_every_minutes: float = 0.0
+    """Minutes since the last checkpoint after which another is due; 0: none by the clock."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    log_checkpoint_keep_period: int = 20_000
+    """Checkpoints at multiples of this are kept for ever; 0: none are."""
+    keep_best: int = 0
+    """Checkpoints with the best `best_metric` that are kept; with a metric of evaluations, each of these is saved."""
+    best_metric: str = "val_loss"
+    """As named in metrics.jsonl; a checkpoint has it if that step was evaluated (`val_…`), or saved on schedule (others)."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the best value is the smallest or the largest."""
+
+    # --- a loss or gradient norm that is not finite ---
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` (exit code 65); `skip` that update; `rollback` to the newest checkpoint and leave that batch out."""
+    max_skipped: int = 10
+    """Updates in a row that `skip` leaves out before it stops."""
+    max_rollbacks: int = 3
+    """Batches of a run that `rollback` leaves out before it stops."""
+    replay_step: int = 0
+    """Instead of training: go from the newest checkpoint before it to this step, and show where it goes wrong. Writes nothing
+    into the run."""
+
+    # --- evaluation ---
     val_interval: int = 20_000
     """Steps between evaluations."""
     val_steps: int = 50
@@ -157,6 +193,8 @@ class TrainConfig:
             "grad_accumulation_steps",
             "log_interval",
             "keep_checkpoints",
+            "max_skipped",
+            "max_rollbacks",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
@@ -165,6 +203,22 @@ class TrainConfig:
                 raise UserError(
                     f"--{name}={getattr(self, name)}: must be at least 1 (a number past num_steps means never)"
                 )
+        for name in ("save_every_minutes", "keep_best", "log_checkpoint_keep_period"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name}={getattr(self, name)}: must be 0 (none) or more")
+        if self.keep_best and self.best_metric.startswith("val_") and not self.val_data_dir:
+            raise UserError(
+                f"--keep_best={self.keep_best} goes by --best_metric={self.best_metric}, but --val_data_dir is not set: "
+                f"set it, or take a metric of training such as loss"
+            )
+        if not 0 <= self.replay_step <= self.num_steps:
+            raise UserError(
+                f"--replay_step={self.replay_step} is not a step of the run: from 1 to --num_steps={self.num_steps}"
+            )
+        if self.replay_step and not self.restore_ckpt:
+            raise UserError(
+                "--replay_step goes on from a checkpoint of the run, which --no-restore_ckpt forbids: give one of them"
+            )
         if not 0 <= self.stop_at_step <= self.num_steps:
             raise UserError(
                 f"--stop_at_step={self.stop_at_step} is not between 0 and the end, --num_steps={self.num_steps}"
@@ -172,6 +226,10 @@ class TrainConfig:
         if self.lr_schedule == "cos" and self.resolved_warmup() >= self.num_steps:
             raise UserError(
                 f"--warmup_steps={self.warmup_steps} leaves none of --num_steps={self.num_steps} for the cosine"
+            )
+        if self.data_cache_gib is not None and not self.data_cache_gib > 0:
+            raise UserError(
+                f"--data_cache_gib={self.data_cache_gib}: must be more than 0; leave it out for the default"
             )
         if len({size is None for size in (self.image_height, self.image_width, self.image_channels)}) > 1:
             raise UserError("give all of --image_height, --image_width and --image_channels, or none")
@@ -182,3 +240,10 @@ class TrainConfig:
                 f"--num_steps={self.num_steps}; leave them out to have them derived from it"
             )
         self.profile_window()
+
+
+def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """The options that make the rest of a run another run's curve, with their values before (as recorded) and now."""
+    now = dataclasses.asdict(config)
+    names = now.keys() & before.keys() - FREE_OPTIONS
+    return [(name, before[name], now[name]) for name in names if before[name] != now[name]]

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -15,17 +15,40 @@ from jasmine.data.pipeline import batches
 from jasmine.data.tokens import TokenDataset
 from jasmine.training.config import TrainConfig
 from jasmine.training.sharding import ShardingRules
-from jasmine.training.task import Batch
+from jasmine.training.task import Batch, DataInfo
 
 DEVICE_BATCHES_AHEAD = 2
 CLOSE_SECONDS = 5
+
+
+def abstract_batch(
+    data: DataInfo, config: TrainConfig, mesh: Mesh, rules: ShardingRules
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a `DataFeed` of such data gives: shapes, dtypes and shardings."""
+    clip = (config.batch_size, config.seq_len)
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {"videos": ((*clip, *data.frame_shape), np.uint8)}
+    if data.tokens is not None:
+        arrays = {
+            data.tokens.kind: (
+                (*clip, *data.tokens.shape),
+                {"tokens": np.int32, "latents": np.float32}[data.tokens.kind],
+            )
+        }
+        if data.tokens.lam is not None:
+            arrays["latent_actions"] = (clip, np.int32)
+    if data.num_actions is not None:
+        arrays["actions"] = (clip, np.int32)
+    if config.labelled_share() < 1:
+        arrays["labelled"] = (clip[:1], np.bool_)
+    sharding = NamedSharding(mesh, rules.spec(("batch",), clip[:1], mesh))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in arrays.items()}
 
 
 class DataFeed:
     """Iterates over global batches on the devices, from `start_step` on, for ever.
 
     Each process reads only the rows that its devices need; a thread reads, cuts and copies ahead of the step. What a
-    batch holds follows from the seed and the step alone (`jasmine.data.sampling`).
+    batch holds follows from the seed and the step alone (`jasmine.data.sampling`), and from which batches are left out.
     """
 
     def __init__(
@@ -37,6 +60,8 @@ class DataFeed:
         *,
         seed: int,
         start_step: int = 0,
+        stop_step: int | None = None,
+        left_out: Collection[int] = (),
     ):
         self._sharding = NamedSharding(mesh, rules.spec(("batch",), (config.batch_size,), mesh))
         shards = self._sharding.addressable_devices_indices_map((config.batch_size,))
@@ -55,6 +80,8 @@ class DataFeed:
             start_step=start_step,
             num_workers=config.num_workers,
             label_fraction=config.labelled_share(),
+            stop_step=stop_step,
+            left_out=left_out,
         )
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(DEVICE_BATCHES_AHEAD)
         self._closed = threading.Event()

@@ -6,6 +6,7 @@ Nothing here needs the launcher: a plain `srun python …`, `torchrun`-like vari
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import re
@@ -20,7 +21,17 @@ from pathlib import Path
 import jax
 from absl import logging as absl_logging
 
-from jasmine.errors import EXIT_FAILED, EXIT_SAVED, EXIT_USER_ERROR, ClusterError, UserError
+from jasmine.errors import (
+    EXIT_FAILED,
+    EXIT_SAVED,
+    EXIT_USER_ERROR,
+    EXIT_WOULD_REPEAT,
+    ChangedDataError,
+    ClusterError,
+    NotFiniteError,
+    UserError,
+)
+from jasmine.training import objects
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +40,8 @@ INIT_TIMEOUT_SECONDS = 1800
 # How long a host may be silent before its peers give up. Training blocks no heartbeat: it has a thread of its own.
 HEARTBEAT_SECONDS = 60
 SHUTDOWN_SECONDS = 60
+# What a process that fails waits at most for storage to take its last lines.
+LAST_LINES_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +144,7 @@ def initialize() -> None:
         UserError: the environment describes no usable job.
         ClusterError: the coordinator or a peer did not answer in time.
     """
+    _leave_out_absent_tpus()
     _quiet_libraries()
     _enable_compilation_cache()
     # Our own agreement on a stopping step listens to three signals; jax's would take SIGTERM away from it.
@@ -196,6 +210,13 @@ def topology() -> str:
     )
 
 
+def say(*lines: str) -> None:
+    """Prints lines once for the whole job: on process 0."""
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, flush=True)
+
+
 def coordination_client():  # type: ignore[no-untyped-def]  # the type is jaxlib's own
     """The client of jax's coordination service, or None in a job of one process."""
     from jax._src import distributed  # the service has no public name
@@ -203,22 +224,38 @@ def coordination_client():  # type: ignore[no-untyped-def]  # the type is jaxlib
     return distributed.global_state.client
 
 
+def place() -> tuple[int, int]:
+    """This process's number and how many there are. Unlike jax's own functions it looks for no devices, which would wait
+    for all processes to do so."""
+    from jax._src import distributed
+
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
 @contextlib.contextmanager
 def exit_with_job() -> Iterator[None]:
     """Around a process's whole work: any error ends this process at once, after its message is out.
 
     In a job of many processes, leaving normally would wait in jax's exit barrier for peers that are themselves waiting
-    in a collective for this one (five minutes by default). A user's mistake is one line and exit code 2; a bug of ours
-    or a lost peer keeps its traceback and exit code 1. Leaving with 0 or 75 is orderly, with the barrier.
+    in a collective for this one (five minutes by default). A user's mistake is one line and exit code 2, a loss that is
+    not finite or data that were replaced one line and 65, storage that is full or away one line and 1; a bug of ours or a
+    lost peer keeps its traceback and exit code 1.
+    Leaving with 0 or 75 is orderly, with the barrier.
     """
     try:
         yield
+    except ChangedDataError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_WOULD_REPEAT
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_FAILED
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_WOULD_REPEAT
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
         if code in (0, EXIT_SAVED) or coordination_client() is None:
@@ -233,6 +270,7 @@ def exit_with_job() -> Iterator[None]:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    objects.flush(LAST_LINES_SECONDS)
     os._exit(code)
 
 
@@ -255,10 +293,21 @@ def _enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _leave_out_absent_tpus() -> None:
+    """libtpu may be here to compile for TPUs elsewhere (`jasmine.compile`). As a backend it would look for one on this
+    machine and complain at length that there is none; jax has looked before it, and has noted that there is no chip."""
+    absent = os.environ.get("TPU_SKIP_MDS_QUERY") == "1"
+    plugins = importlib.util.find_spec("jax_plugins") is not None  # of GPUs: whether those work is for jax to find out
+    if absent and not plugins and jax.config.jax_platforms is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _quiet_libraries() -> None:
     # Orbax logs a failed save as a dozen tracebacks from its threads; `Checkpointer` says it once, in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # gcsfs logs tracebacks of requests that fail, which are tried again or raised, and said once by whoever needed them.
+    for name in ("asyncio", "gcsfs", "fsspec"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     default_hook = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -154,7 +154,7 @@ class DynamicsTask(BaseTask):
                 raise UserError(
                     "--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it"
                 )
-            if maker.fingerprint != run.fingerprint():
+            if run.step and maker.fingerprint != run.fingerprint():
                 raise UserError(
                     f"--{name}_checkpoint={run.path} (step {run.step}) is not what made the tokens in --data_dir: that was "
                     f"step {maker.step} of {maker.path}; tokenize the data with this one, or name that one"

@@ -49,9 +49,10 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices of the job. With several slices, `data` is split over them (slow network between)."""
-    devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of the job, or over `devices`. With several slices, `data` is split over them (slow network
+    between)."""
+    devices = jax.devices() if devices is None else devices
     return Mesh(arrange(devices, mesh_shape(config, len(devices))), AXES)
 
 

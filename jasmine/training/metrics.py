@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from jasmine.errors import UserError
+from jasmine.training import objects
 from jasmine.training.config import TrainConfig
 from jasmine.training.run_files import JsonLines, attempt, seconds
 
@@ -25,7 +26,7 @@ class MetricsLog:
         self._wandb: Any = None
         if jax.process_index() != 0:
             return
-        self._lines = JsonLines(run_dir / "metrics.jsonl")
+        self._lines = JsonLines(run_dir, "metrics.jsonl")
         if config.tensorboard:
             import tensorboardX
 
@@ -44,7 +45,8 @@ class MetricsLog:
                     id=os.environ.get("WANDB_RUN_ID", name),
                     resume="allow",
                     tags=[job, *config.tags],
-                    dir=str(run_dir),
+                    # Its own files stay on this machine's disk where the run is in Cloud Storage.
+                    dir=None if objects.is_object(run_dir) else str(run_dir),
                     config={**dataclasses.asdict(config), "num_parameters": dict(num_parameters)},
                 )
             except wandb.Error as error:

@@ -1,11 +1,16 @@
-"""Checks the machines of an attempt before it trains: `JASMINE_PREFLIGHT` is the seconds it may take; unset, no check.
+"""Checks the machines of an attempt before it trains, where `JASMINE_PREFLIGHT` is set.
 
-Every process reports what it sees (devices, clock, code, storage) through jax's coordination service, which needs no
-device, so one that is missing or different is named before any collective could hang on it. Then an all-reduce over all
-devices has to give the right number within the time; its bandwidth goes into each process's log. The process at fault
-is left in `attempts/<k>/blame.json` for the launcher, which keeps the next attempt away from its machine.
+First all processes call out to each other through jax's coordination service, before any of them touches a device: to look
+for devices is already to wait for everybody. Then each reports what it sees (devices, clock, code, storage), so one that
+is different is named before a collective could hang on it. It also says how long its device takes for the same arithmetic;
+one that is slow is no reason to give up, but is named by whoever looks at the run (`launch.stragglers`). An all-reduce over
+all devices has to give the right number, and its bandwidth goes into each process's log. Before the reports and from them on
+there are as many seconds as the variable says. Each process leaves word of how far it is, so one that holds up the others is
+named as well. The process at fault is left in `attempts/<k>/blame.json` for the launcher, which keeps the next attempt away
+from its machine; for a problem that all of several have, such as storage that is away, nobody is.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -13,7 +18,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +27,11 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jasmine.errors import EXIT_FAILED, ClusterError
-from jasmine.training import distributed, run_files
+from jasmine.training import distributed, objects, run_files
 
 CLOCK_SECONDS = 30.0
+# When the time is up, it is for all of them within moments; one that does not say so by then is not running.
+AWAKE_SECONDS = 3.0
 _KEY = "jasmine/preflight"
 
 
@@ -37,29 +44,35 @@ def preflight(run_dir: epath.Path) -> None:
     limit = float(os.environ.get("JASMINE_PREFLIGHT", "0"))
     if limit <= 0:
         return
-    deadline = time.monotonic() + limit
-    mine = _report(run_dir)
-    reports = _exchange(run_dir, mine, deadline)
-    if problem := _worst(reports):
-        _fail(run_dir, *problem, reports)
-    slow = threading.Timer(max(1.0, deadline - time.monotonic()), _too_slow, (run_dir, limit, mine))
+    nodes = _roll_call(run_dir, limit)
+    slow = threading.Timer(limit, _give_up, (run_dir, nodes))
     slow.daemon = True
     slow.start()
+    mine = _report(run_dir)
+    reports = _exchange(mine)
+    if problem := _worst(reports):
+        _fail(run_dir, *problem, nodes)
     size, seconds, right = _all_reduce()
+    wrong = [
+        process for process, word in enumerate(_tell_all("through", "right" if right else "wrong")) if word == "wrong"
+    ]
     slow.cancel()
-    if not right:
-        _fail(run_dir, jax.process_index(), "an all-reduce over all devices gave a wrong number", reports)
+    if wrong:
+        culprit = None if _is_everywhere(len(wrong), len(reports)) else wrong[0]
+        _fail(run_dir, culprit, "got a wrong number from an all-reduce over all devices", nodes)
     count = jax.device_count()
     moved = 2 * (count - 1) / count * size / seconds if count > 1 else 0.0
     speed = f", {moved / 1e9:,.2f} GB/s" if moved else ""
     print(
-        f"preflight passed on {mine['node']}: {mine['devices']} device(s), all-reduce of {size / 2**20:.0f} MiB over "
+        f"preflight passed on {_node()}: {mine['devices']} device(s), all-reduce of {size / 2**20:.0f} MiB over "
         f"{count} devices in {1000 * seconds:.1f} ms{speed}",
         flush=True,
     )
-    if jax.process_index() == 0:
+    if distributed.place()[0] == 0:
         fields = {"processes": len(reports), "all_reduce_seconds": seconds, "bytes": size, "bytes_per_second": moved}
-        run_files.log_event(run_dir, "preflight", **fields)
+        run_files.log_event(
+            run_dir, "preflight", **fields, compute_seconds=[report["compute_seconds"] for report in reports]
+        )
 
 
 def _report(run_dir: epath.Path) -> dict[str, Any]:
@@ -73,53 +86,89 @@ def _report(run_dir: epath.Path) -> dict[str, Any]:
     try:
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        problem = f"cannot write to {run_dir}: {error.strerror or error}"
-    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    except objects.errors(run_dir) as error:
+        problem = f"cannot write to {run_dir}: {objects.reason(error)}"
     code = Path(__file__).resolve().parents[2].name
-    return {"node": node, "devices": found, "code": code, "problem": problem}
+    return {"devices": found, "code": code, "compute_seconds": _compute_seconds(), "problem": problem}
 
 
-def _exchange(run_dir: epath.Path, mine: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
-    """The reports of all processes, with their clocks read at about the same moment."""
-    if jax.process_count() == 1:
-        return [mine | {"clock": 0.0}]
+def _compute_seconds() -> float:
+    """The fastest of five products of two matrices on this process's first device, which nobody else has a part in."""
+    device = jax.local_devices()[0]
+    size, dtype = (512, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda x: x @ x).lower(matrix).compile()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(matrix))
+        times.append(time.perf_counter() - begin)
+    return round(min(times), 6)
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def _roll_call(run_dir: epath.Path, limit: float) -> list[str]:
+    """The nodes of all processes, when all are here."""
     client = distributed.coordination_client()
-    index, count = jax.process_index(), jax.process_count()
-    client.key_value_set(f"{_KEY}/here/{index}", mine["node"], allow_overwrite=True)
-    nodes = []
-    for process in range(count):
+    if client is None:
+        return [_node()]
+    deadline = time.monotonic() + limit
+    _say("here", _node())
+    nodes: list[str] = []
+    for process in range(distributed.place()[1]):
+        left = max(1, int(1000 * (deadline - time.monotonic())))
         try:
-            nodes.append(client.blocking_key_value_get(f"{_KEY}/here/{process}", _milliseconds(deadline)))
+            nodes.append(client.blocking_key_value_get(f"{_KEY}/here/{process}", left))
         except Exception as error:
-            _raise_unless_late(error)
-            _fail(run_dir, process, "has joined the job but did not report in time", [{"node": "?"}] * count, error)
-    client.key_value_set(f"{_KEY}/{index}", json.dumps(mine | {"clock": time.time()}), allow_overwrite=True)
-    reports = []
-    for process in range(count):
-        try:
-            reports.append(json.loads(client.blocking_key_value_get(f"{_KEY}/{process}", _milliseconds(deadline))))
-        except Exception as error:
-            _raise_unless_late(error)
-            _fail(run_dir, process, "did not report in time", [{"node": node} for node in nodes], error)
-    return reports
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise _given_up() from error
+            _fail(run_dir, process, f"has joined the job but did not report within {limit:.0f} s", None)
+    return nodes
 
 
-def _raise_unless_late(error: Exception) -> None:
+def _exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reports of all processes, with their clocks read at about the same moment."""
+    _tell_all("ready", "")
+    return [json.loads(report) for report in _tell_all("reported", json.dumps(mine | {"clock": time.time()}))]
+
+
+def _say(what: str, word: str) -> None:
+    """Leave word for the others."""
+    if (client := distributed.coordination_client()) is not None:
+        client.key_value_set(f"{_KEY}/{what}/{distributed.place()[0]}", word, allow_overwrite=True)
+
+
+def _tell_all(what: str, word: str) -> list[str]:
+    """Leave word, and return that of every process once it is there."""
+    client = distributed.coordination_client()
+    if client is None:
+        return [word]
+    _say(what, word)
+    try:  # `_give_up` ends the process before this waits too long
+        return [client.blocking_key_value_get(f"{_KEY}/{what}/{one}", 10**9) for one in range(distributed.place()[1])]
+    except Exception as error:
+        raise _given_up() from error
+
+
+def _given_up() -> ClusterError:
     """A peer that has found something wrong leaves, and takes the service with it: that is no news about anybody else."""
-    if "DEADLINE_EXCEEDED" not in str(error):
-        raise ClusterError("preflight: another process has given up; its log says why") from error
+    return ClusterError("preflight: another process has given up; its log says why")
 
 
-def _milliseconds(deadline: float) -> int:
-    return max(1, int(1000 * (deadline - time.monotonic())))
+def _is_everywhere(count: int, processes: int) -> bool:
+    """Whether so many of the processes have a problem that it is due to what they share, such as storage, or to anybody."""
+    return count == processes > 1
 
 
-def _worst(reports: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """The first process that is wrong or differs from most, and how; None if all are well."""
-    for process, report in enumerate(reports):
-        if report["problem"]:
-            return process, str(report["problem"])
+def _worst(reports: list[dict[str, Any]]) -> tuple[int | None, str] | None:
+    """The first process that is wrong or differs from most, and how; None if all are well, and for one that all share."""
+    problems = [(process, str(report["problem"])) for process, report in enumerate(reports) if report["problem"]]
+    if problems:
+        process, problem = problems[0]
+        return None if _is_everywhere(len(problems), len(reports)) else process, problem
     codes = [str(report["code"]) for report in reports]
     usual = statistics.mode(codes)
     for process, code in enumerate(codes):
@@ -132,27 +181,79 @@ def _worst(reports: list[dict[str, Any]]) -> tuple[int, str] | None:
     return None
 
 
-def _fail(
-    run_dir: epath.Path, process: int, problem: str, reports: list[dict[str, Any]], cause: Exception | None = None
-) -> None:
-    node = reports[process]["node"]
-    blame = {"host": process, "node": None if node == "?" else node, "reason": f"preflight: {problem}"}
-    if jax.process_index() in (0, process) and "JASMINE_ATTEMPT" in os.environ and "://" not in str(run_dir):
-        directory = run_dir / "attempts" / str(run_files.attempt())
-        if directory.exists() and not (directory / "blame.json").exists():
-            run_files.write_atomically(directory / "blame.json", json.dumps(blame).encode())
-    if jax.process_index() == 0:
-        run_files.log_event(run_dir, "preflight_failed", blamed=process, node=node, reason=problem)
-    raise ClusterError(f"preflight failed: process {process} on {node} {problem}") from cause
+def _fail(run_dir: epath.Path, process: int | None, problem: str, nodes: list[str] | None) -> NoReturn:
+    """Leave word of a problem, and of the process at fault if it is that of one, and end."""
+    if process is None:
+        if distributed.place()[0] == 0:
+            _log_failure(run_dir, reason=f"each process {problem}")
+        raise ClusterError(f"preflight failed: each process {problem}")
+    node = nodes[process] if nodes is not None else None
+    _note_blame(run_dir, process, node, problem)
+    raise ClusterError(f"preflight failed: process {process}{f' on {node}' if node else ''} {problem}")
 
 
-def _too_slow(run_dir: epath.Path, limit: float, mine: dict[str, Any]) -> None:
-    print(
-        f"error: preflight failed: no all-reduce over all devices within {limit:.0f} s (on {mine['node']})", flush=True
-    )
-    if jax.process_index() == 0:
-        run_files.log_event(run_dir, "preflight_failed", blamed=None, node=None, reason="the all-reduce hangs")
-    os._exit(EXIT_FAILED)
+def _note_blame(run_dir: epath.Path, process: int, node: str | None, problem: str) -> None:
+    """Leave word of who is at fault: process 0 does, and the one at fault, or process 1 where that is process 0.
+
+    Whoever is first also writes the event: when process 0 leaves, jax ends the others, who may not come to it any more.
+    """
+    me, count = distributed.place()
+    witness = 0 if process or count == 1 else 1
+    if me not in (process, witness):
+        return
+    first = me == witness
+    if "JASMINE_ATTEMPT" in os.environ:
+        with contextlib.suppress(Exception):  # storage may be what is wrong, and must not hide what was found
+            directory = run_dir / "attempts" / str(run_files.attempt())
+            first = not (directory / "blame.json").exists()
+            if directory.exists() and first:
+                blame = {"host": process, "node": node, "reason": f"preflight: {problem}"}
+                run_files.write_atomically(directory / "blame.json", json.dumps(blame).encode())
+    if first:
+        _log_failure(run_dir, blamed=process, node=node, reason=problem)
+
+
+def _log_failure(run_dir: epath.Path, **fields: Any) -> None:
+    with contextlib.suppress(Exception):
+        run_files.log_event(run_dir, "preflight_failed", **fields)
+        objects.flush(10)
+
+
+def _give_up(run_dir: epath.Path, nodes: list[str]) -> None:
+    """End this process, after saying which one holds up the others: nothing else gets it out of a collective that hangs."""
+    try:
+        found = _culprit(len(nodes))
+        if found is None:
+            print("error: preflight failed: it hangs, and no process stands out", flush=True)
+        else:
+            process, problem = found
+            print(f"error: preflight failed: process {process} on {nodes[process]} {problem}", flush=True)
+            _note_blame(run_dir, process, nodes[process], problem)
+    finally:
+        os._exit(EXIT_FAILED)
+
+
+def _culprit(count: int) -> tuple[int, str] | None:
+    """The first process that is not as far as others, and how."""
+    client = distributed.coordination_client()
+    if client is None:
+        return 0, "does not come through its preflight"
+    _say("awake", "")
+    time.sleep(AWAKE_SECONDS)
+
+    def missing(what: str) -> set[int]:
+        said = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(f"{_KEY}/{what}")}
+        return set(range(count)) - said
+
+    for suspects, problem in (
+        (missing("awake"), "is stopped, or cut off from the others"),
+        (missing("ready"), "has not reported what it sees"),
+        (missing("arrived"), "has not come to the all-reduce"),
+        (missing("through"), "does not come out of the all-reduce"),
+    ):
+        if suspects and len(suspects) < count:
+            return min(suspects), problem
+    return None
 
 
 def _all_reduce() -> tuple[int, float, bool]:
@@ -165,9 +266,10 @@ def _all_reduce() -> tuple[int, float, bool]:
     shape = (devices.size, length)
     rows = np.arange(1, devices.size + 1, dtype=np.float32)[:, None]
     parts = jax.make_array_from_callback(shape, spread, lambda index: np.broadcast_to(rows, shape)[index])
-    total = jax.jit(lambda x: x.sum(0), in_shardings=spread, out_shardings=everywhere)
+    total = jax.jit(lambda x: x.sum(0), in_shardings=spread, out_shardings=everywhere).lower(parts).compile()
+    _say("arrived", "")
     times = []
-    for _ in range(4):  # the first compiles
+    for _ in range(4):  # the first makes the connections
         begin = time.perf_counter()
         result = jax.block_until_ready(total(parts))
         times.append(time.perf_counter() - begin)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from etils import epath
 from PIL import Image
 
 from jasmine.errors import EXIT_FAILED, UserError
+from jasmine.training import distributed, objects
 from jasmine.training.config import TrainConfig
 
 # What a process that was replaced gets to notice it.
@@ -43,7 +45,9 @@ def leave_if_replaced(run_dir: epath.Path) -> None:
         return
     try:
         newest = int((run_dir / "attempt").read_text())
-    except (OSError, ValueError):
+    except ValueError:
+        return
+    except objects.errors(run_dir):
         return
     if newest > attempt():
         print(f"error: attempt {newest} of this run has begun; attempt {attempt()} leaves", flush=True)
@@ -66,10 +70,12 @@ def prepare(run_dir: epath.Path) -> contextlib.ExitStack:
     """Makes the run directory, checks that it can be written, and takes it for this job.
 
     Returns:
-        what holds the run directory, on a local disk, until it is closed or the process ends.
+        what holds the run directory, on a local disk, until it is closed or the process ends. In Cloud Storage nothing
+        does: there the launcher's lease and the attempt's fence keep others away.
 
     Raises:
-        UserError: it cannot be written, or another job is training in it.
+        UserError: it may not be written, or another job is training in it.
+        ClusterError: it cannot be written now.
     """
     held = contextlib.ExitStack()
     probe = run_dir / f".write-test-{uuid.uuid4().hex}"
@@ -77,17 +83,17 @@ def prepare(run_dir: epath.Path) -> contextlib.ExitStack:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-        if jax.process_index() == 0 and "://" not in str(run_dir):
+        if jax.process_index() == 0 and not objects.is_object(run_dir):
             file = held.enter_context((run_dir / ".training.lock").open("w"))
             _lock(file)
     except BlockingIOError as error:
         raise UserError(
             f"another job is training in {run_dir}; wait for it, stop it, or name another folder"
         ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network file system without locks
+    except objects.errors(run_dir) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network file system
             return held
-        raise UserError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from error
+        raise objects.storage_error(f"cannot write to the run directory {run_dir}", error) from error
     return held
 
 
@@ -105,14 +111,26 @@ def _lock(file: IO[str]) -> None:
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a whole file, or leaves what was there."""
+    """Writes a whole file, or leaves what was there.
+
+    Raises:
+        UserError: it may not be written.
+        ClusterError: it cannot be written now.
+    """
+    if objects.is_object(path):
+        try:
+            path.write_bytes(data)
+        except Exception as error:
+            raise objects.storage_error(f"cannot write {path}", error) from error
+        return
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise objects.storage_error(f"cannot write {path}", error) from error
 
 
 def write_config(run_dir: epath.Path, config: TrainConfig, job: str, data: Any) -> None:
@@ -123,19 +141,35 @@ def write_config(run_dir: epath.Path, config: TrainConfig, job: str, data: Any) 
 
 
 class JsonLines:
-    """Appends one JSON object a line; a line is on disk, whole, when `write` returns."""
+    """Appends one JSON object a line; a line is on disk, whole, when `write` returns, in Cloud Storage when `flush` does."""
 
-    def __init__(self, path: epath.Path):
-        self.path = path
+    def __init__(self, run_dir: epath.Path, name: str):
+        """`name`: of the file, in the run directory; whose newest attempt is looked at before anything is written."""
+        self._run_dir, self.path = run_dir, run_dir / name
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, default=_plain, allow_nan=True) + "\n"
-        leave_if_replaced(self.path.parent)
+        if objects.is_object(self.path):
+            objects.append_later(self.path, line.encode(), functools.partial(leave_if_replaced, self._run_dir))
+            return
+        leave_if_replaced(self._run_dir)
         try:
-            with self.path.open("ab") as file:
-                file.write(line.encode())
+            with open(self.path, "ab+") as file:
+                torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                file.write(("\n" * torn + line).encode())  # in one piece; what a crash or a full disk tore stays a line
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise objects.storage_error(f"cannot write {self.path}", error) from error
+
+
+def flush(run_dir: epath.Path, seconds: float = 300) -> None:
+    """Waits until all lines are where they belong.
+
+    Raises:
+        UserError: they may not be written.
+        ClusterError: they cannot be written within `seconds`.
+    """
+    if objects.is_object(run_dir) and (problem := objects.flush(seconds)) is not None:
+        raise objects.storage_error(f"cannot write metrics and events to {run_dir}", problem) from problem
 
 
 def _plain(value: Any) -> Any:
@@ -149,10 +183,10 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -160,10 +194,13 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def log_event(run_dir: epath.Path, event: str, **fields: Any) -> None:
-    """Appends to `events.jsonl`: what happened, when, in which attempt, in which process; `host` is the launcher's."""
-    where = {"process": jax.process_index(), "hostname": socket.gethostname()}
+    """Appends an event of this moment, or of `time` in Unix seconds, to `events.jsonl`.
+
+    Which events there are and what is in them, the launcher's `launch.events` says: both write to this file, by one schema.
+    """
+    where = {"process": distributed.place()[0], "hostname": socket.gethostname()}
     record = {"time": time.time(), "event": event, "attempt": attempt(), **where, **fields}
-    JsonLines(run_dir / "events.jsonl").write(record)
+    JsonLines(run_dir, "events.jsonl").write(record)
 
 
 def rewind_metrics(run_dir: epath.Path, step: int) -> None:
@@ -176,14 +213,17 @@ def rewind_metrics(run_dir: epath.Path, step: int) -> None:
     if not path.exists():
         return
     records = read_lines(path)
-    kept = [record for record in records if record.get("step", 0) <= step]
-    lost = [record for record in records if record.get("step", 0) > step]
+    steps = [record.get("step", 0) for record in records]
+    later = [isinstance(one, int | float) and one > step for one in steps]
+    kept = [record for record, is_later in zip(records, later, strict=True) if not is_later]
+    lost = [record for record, is_later in zip(records, later, strict=True) if is_later]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
-    if lines == path.read_text():
+    if lines.encode() == path.read_bytes():
         return
-    superseded = JsonLines(run_dir / "metrics.superseded.jsonl")
+    superseded = JsonLines(run_dir, "metrics.superseded.jsonl")
     for record in lost:
         superseded.write(record)
+    flush(run_dir)  # while they are only on their way, a kill would lose those that are taken out
     write_atomically(path, lines.encode())
 
 

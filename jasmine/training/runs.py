@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from pydantic import TypeAdapter, ValidationError
 
 from jasmine.errors import UserError
-from jasmine.training import run_files
+from jasmine.training import objects, run_files
 from jasmine.training.config import TrainConfig
 from jasmine.training.sharding import ShardingRules, tree_shardings
 from jasmine.training.state import ModelDefinition, Params
@@ -79,7 +79,7 @@ class TrainedRun:
         job: the baseline's name.
         config: its options, an instance of that baseline's `Config`.
         data: what it was trained on.
-        step: of its newest checkpoint.
+        step: of its newest checkpoint; 0 where only the architecture is known, and there are no weights.
         task: the baseline's `Task`.
     """
 
@@ -106,6 +106,7 @@ class TrainedRun:
 
         Raises:
             UserError: the checkpoint cannot be read, or does not fit the config beside it.
+            ClusterError: it cannot be read now.
         """
         path = self.path / "checkpoints" / str(self.step) / "state"
         checkpointer = ocp.PyTreeCheckpointer()
@@ -115,7 +116,7 @@ class TrainedRun:
             name = "ema" if saved.get("ema") else "params"
             have = _shapes(saved[name])
         except Exception as error:
-            raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+            raise objects.storage_error(f"the checkpoint {path} cannot be read", error) from error
         want = _shapes(self.definition.shapes)
         if have != want:
             different = sorted(key for key in have.keys() | want.keys() if have.get(key) != want.get(key))[0]
@@ -138,7 +139,7 @@ class TrainedRun:
         try:
             return checkpointer.restore(path, args=arguments)[name]
         except Exception as error:
-            raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+            raise objects.storage_error(f"the checkpoint {path} cannot be read", error) from error
 
     def module(self) -> nnx.Module:
         """The live model."""
@@ -157,13 +158,14 @@ class TrainedRun:
         return digest.hexdigest()[:16]
 
 
-def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> TrainedRun:
+def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None, weights: bool = True) -> TrainedRun:
     """Opens a run; weights are read when they are asked for.
 
     Args:
         run: a directory, or a run's name under the storage root.
         option: what to call it in an error.
         jobs: the baselines that may have trained it; None for any.
+        weights: False opens its config alone, whether or not it has a checkpoint.
 
     Raises:
         UserError: there is no such run, it has no checkpoint, or another kind of job made it.
@@ -177,12 +179,12 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> Tra
         record = json.loads((path / CONFIG_NAME).read_text())
         job, options, data = record["job"], record["config"], record["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / CONFIG_NAME} is damaged or of an old version: {_first_line(error)}") from error
+        raise UserError(f"{path / CONFIG_NAME} is damaged or of an old version: {objects.reason(error)}") from error
     if jobs is not None and job not in jobs:
         raise UserError(f"{option}={run} was made by {job}; expected {' or '.join(jobs)}")
     if job not in baseline_modules():
         raise UserError(f"{option}={run} was made by {job}, which is none of {', '.join(sorted(baseline_modules()))}")
-    steps = ocp.utils.checkpoint_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
+    steps = [0] if not weights else _checkpoints(path / "checkpoints")
     if not steps:
         raise UserError(f"{option}={run}: {path / 'checkpoints'} holds no finished checkpoint")
     module = importlib.import_module(baseline_modules()[job])
@@ -195,16 +197,24 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None) -> Tra
         raise UserError(
             f"{path / CONFIG_NAME}: {where}: {first['msg']}; was the run made by another version?"
         ) from error
-    return TrainedRun(path, job, config, info, max(steps), module.Task(config, info, frozen_parts(config, path)))
+    parts = frozen_parts(config, path, weights=weights)
+    return TrainedRun(path, job, config, info, max(steps), module.Task(config, info, parts))
 
 
-def frozen_parts(config: TrainConfig, run_dir: epath.Path) -> dict[str, TrainedRun]:
-    """The frozen parts of the run in `run_dir`: its own copies, or where there are none yet, the runs to take them from."""
+def _checkpoints(path: epath.Path) -> list[int]:
+    steps = ocp.utils.checkpoint_steps(path) if path.is_dir() else []
+    # Where a deletion was cut short in Cloud Storage, the mark of a finished checkpoint is left, and nothing else.
+    return [step for step in steps if (path / str(step) / "state").is_dir()]
+
+
+def frozen_parts(config: TrainConfig, run_dir: epath.Path, *, weights: bool = True) -> dict[str, TrainedRun]:
+    """The frozen parts of the run in `run_dir`: its own copies, or where there are none yet, the runs to take them from.
+    `weights`: as for `load_run`."""
     parts = {}
     for name, source in config.frozen_runs().items():
         copy = run_dir / "frozen" / name
         run = str(copy) if (copy / CONFIG_NAME).exists() else source.run
-        parts[name] = load_run(run, option=source.option, jobs=source.jobs)
+        parts[name] = load_run(run, option=source.option, jobs=source.jobs, weights=weights)
     return parts
 
 
@@ -229,12 +239,6 @@ def pin(run_dir: epath.Path, name: str, source: TrainedRun, mesh: Mesh, rules: S
     return params
 
 
-def describe_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """The options that two runs' models differ in, as one line."""
-    names = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
-    return ", ".join(f"{name} {mine[name]} against {theirs[name]}" for name in names) or "weights only"
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Orbax's warning that a part of a checkpoint has no metadata file of its own; the checkpoint has it."""
@@ -250,7 +254,3 @@ def _quiet() -> Iterator[None]:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"

@@ -89,6 +89,14 @@ def use_sharding(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
         _active.reset(token)
 
 
+def traced_device() -> jax.Device:
+    """A device of the kind that is traced for: of this process, unless the mesh is of another kind, which only compiles."""
+    active, here = _active.get(), jax.local_devices()[0]
+    if active is None or active[0].devices.flat[0].platform == here.platform:
+        return here
+    return active[0].devices.flat[0]
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins an activation's sharding by logical axes (trailing ones may be left out); outside a mesh a no-op."""
     active = _active.get()

@@ -108,6 +108,7 @@ def initial_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
     # Run once, so on CPUs not worth optimising: compiling the draws well takes four times as long as compiling them.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    on_cpu = abstract.step.sharding.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()

@@ -1,5 +1,6 @@
 """One optimizer update, and one evaluation, as compiled functions of the global batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -42,19 +43,11 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_update(
-    task: BaseTask,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: ShardingRules,
-    abstract: TrainState,
-) -> Any:
-    """The jitted `(state, frozen, batch) -> (state, metrics)`, not yet compiled. The state is donated and keeps the shardings
-    of `abstract`; `frozen` holds the parameters of the task's frozen parts by name; metrics are replicated scalars."""
-    config = task.config
-    schedule = learning_rate(config)
-    parts = config.grad_accumulation_steps
+def make_gradients(
+    task: BaseTask, definition: ModelDefinition
+) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics, Params]]:
+    """`(params, prepared batch, key) -> (loss, metrics, gradients)` of a whole batch, to be traced under `use_sharding`."""
+    parts = task.config.grad_accumulation_steps
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         value, metrics = task.loss(definition.module(params), batch, Keys(key))
@@ -81,6 +74,25 @@ def make_update(
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][0], shapes[0][1], shapes[1]))
         return jax.lax.scan(add, zero, (cut_batch, jnp.arange(parts)))[0]
 
+    return gradients
+
+
+def make_update(
+    task: BaseTask,
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules,
+    abstract: TrainState,
+) -> Any:
+    """The jitted `(state, frozen, batch) -> (state, metrics)`, not yet compiled. The state is donated and keeps the shardings
+    of `abstract`; `frozen` holds the parameters of the task's frozen parts by name; metrics are replicated scalars. With
+    `on_nonfinite` at skip, an update of a loss or gradient norm that is not finite changes nothing but the step; `skipped`
+    among the metrics is the number of those so far."""
+    config = task.config
+    schedule = learning_rate(config)
+    gradients = make_gradients(task, definition)
+
     def update(state: TrainState, frozen: FrozenParams, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_sharding(mesh, rules):
             prepared = task.prepare(frozen_modules(task, frozen), batch)
@@ -96,10 +108,23 @@ def make_update(
                     logged[f"gradient_std/{name}"] = _std(part)
             if config.log_batch_checksum:
                 logged["batch_checksum"] = batch_checksum(_contents(batch))
-            return TrainState(state.step + 1, params, opt_state, ema), logged
+            new = TrainState(state.step + 1, params, opt_state, ema)
+            if config.on_nonfinite == "skip":
+                kept = dataclasses.replace(state, step=state.step + 1)
+                finite = jnp.isfinite(logged["loss"]) & jnp.isfinite(logged["grad_norm"])
+                new = jax.tree.map(lambda updated, before: jnp.where(finite, updated, before), new, kept)
+                # The optimizer counts the updates that it has made, and its schedule goes by that.
+                logged["lr"] = schedule(_updates(state.opt_state))
+                logged["skipped"] = new.step - _updates(new.opt_state)
+            return new, logged
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _updates(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer has made: int32."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def _std(tree: Any) -> jax.Array:

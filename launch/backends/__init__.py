@@ -1,7 +1,7 @@
 """What a kind of cluster has to offer: the modules of this package are `Backend`s.
 
 A backend is stateless: all that is known of a run lies in its run directory and, while it lives, with its scheduler.
-`launch.submit` writes the run directory and its record before it calls `submit`; from then on the supervisor that the
+`launch.submission` writes the run directory and its record before it calls `submit`; from then on the supervisor that the
 backend starts, wherever that is, is the only one that changes the record.
 """
 
@@ -54,14 +54,21 @@ class Backend(Protocol):
     def shape(self, plan: Plan) -> str:
         """Return the processes and devices of a run, for people."""
 
-    def look(self, run: RunDir, record: RunRecord) -> Sighting:
-        """Return how a run stands whose lock is free; changes nothing and returns within seconds."""
+    def look(self, runs: Sequence[tuple[RunDir, RunRecord]]) -> list[Sighting]:
+        """Return how runs stand that are not known to have ended; changes nothing and returns within seconds."""
 
     def cancel(self, run: RunDir, record: RunRecord) -> None:
         """Ask a live run to save and stop.
 
         Raises:
             UserError: the cluster cannot be asked.
+        """
+
+    def release(self, run: RunDir, record: RunRecord) -> None:
+        """Return once nothing is held any more for a run that has ended.
+
+        Raises:
+            UserError: something still is.
         """
 
 

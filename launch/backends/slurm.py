@@ -15,7 +15,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from launch.errors import UserError
 from launch.plan import Plan, scrubbed
 from launch.record import RunRecord, State
 from launch.run_dir import RunDir, write_atomically
+from launch.text import unfit
 
-QUERY_SECONDS = 10
+# How long a command waits for Slurm, and how long it then takes it for silent.
+QUERY_SECONDS = 5.0
 
 # What becomes of a run whose job has ended in a way that its supervisor could not write down.
 _ENDED: dict[str, tuple[State, str]] = {
@@ -128,10 +131,7 @@ def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: 
     from submitit.slurm.slurm import _make_sbatch_string  # the pure part of submitit's executor: needs no srun
 
     plan, settings = plans[0], _settings(plans[0])
-    if "\n" in plan.run_dir + plan.cwd:
-        raise UserError(
-            f"{plan.run_dir!r}: sbatch takes no path with a line break in it; choose another storage or directory"
-        )
+    _check_paths(plan, settings)
     verbatim = [f"#SBATCH {line}" for line in settings.extra]
     parameters = _executor_parameters(plan, settings)
     if output is not None:
@@ -145,6 +145,17 @@ def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: 
         map_count=len(plans) if plan.sweep is not None else None,
         **parameters,
     )
+
+
+def _check_paths(plan: Plan, settings: SlurmCluster) -> None:
+    """Refuse paths that sbatch, or what runs containers, would read as something else."""
+    for path in (plan.run_dir, plan.cwd):
+        if problem := unfit(path) or ("\\" in path and f"{path} has a backslash in it"):
+            raise UserError(f"{problem}, and sbatch takes no such path; choose another storage or directory")
+        if settings.container and (found := re.search("[:,]", path)):
+            raise UserError(
+                f"{path}: {found[0]!r} in a path separates what a container mounts; choose another storage or directory"
+            )
 
 
 def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
@@ -227,7 +238,7 @@ def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
         if source == ENVIRONMENT and name not in os.environ:
             raise UserError(f"secrets: {name} is not set in this shell: export it, or name a file that holds it")
         if source != ENVIRONMENT and not Path(os.path.expanduser(source)).is_file():
-            raise UserError(f"secrets: {name}: there is no file {source}")
+            raise UserError(f"secrets: {name}: there is no such file; give '{ENVIRONMENT}' or the path of one")
     text = batch_script(plans)
 
     class Executor(submitit.SlurmExecutor):
@@ -279,7 +290,7 @@ def start_interactively(plan: Plan, run: RunDir) -> "subprocess.Popen[bytes]":
         command, environment = attempt, dict(os.environ)
     else:
         header = [
-            line.removeprefix("#SBATCH ") for line in batch_script([plan]).splitlines() if line.startswith("#SBATCH")
+            line.removeprefix("#SBATCH ") for line in batch_script([plan]).split("\n") if line.startswith("#SBATCH")
         ]
         skipped = ("--output", "--open-mode", "--requeue", "--export", "--signal")
         options = [word for line in header for word in shlex.split(line) if not word.startswith(skipped)]
@@ -306,7 +317,7 @@ def _complaint(text: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm describes it; `fields` are scontrol's."""
+    """A job as Slurm describes it; `fields` have scontrol's names."""
 
     state: str
     fields: Mapping[str, str]
@@ -321,72 +332,105 @@ class NoAnswerError(Exception):
     """The scheduler could not be asked."""
 
 
-def ask(*command: str) -> str:
+@dataclass
+class _Silence:
+    """That the controller did not answer, and when: for a while it is not asked again, so that a command which has several
+    questions does not wait for each."""
+
+    said: str = ""
+    since: float = float("-inf")
+
+
+_silence = _Silence()
+
+
+def ask(*command: str, patience: float = QUERY_SECONDS) -> str:
     """Return what one of Slurm's commands prints.
+
+    Args:
+        patience: seconds to wait for it.
 
     Raises:
         NoAnswerError: there is no such command here, it failed, or took too long.
     """
+    if time.monotonic() - _silence.since < QUERY_SECONDS and command[0] != "sacct":
+        raise NoAnswerError(_silence.said)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, env=scrubbed(os.environ))
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoAnswerError(str(error)) from error
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=scrubbed(os.environ))
+    except OSError as error:
+        raise NoAnswerError(f"{command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        _silence.said, _silence.since = f"no word from {command[0]} within {patience:.0f} s", time.monotonic()
+        raise NoAnswerError(_silence.said) from error
     if done.returncode != 0:
-        raise NoAnswerError(_complaint(done.stderr) or f"{command[0]} exited {done.returncode}")
+        complaint = _complaint(done.stderr) or f"{command[0]} exited {done.returncode}"
+        if "contact slurm controller" in complaint:
+            _silence.said, _silence.since = complaint, time.monotonic()
+        raise NoAnswerError(complaint)
     return done.stdout
 
 
-def job_now(job_id: str) -> Job | None:
-    """Return what Slurm knows of a job, None when it has forgotten it.
+def jobs_now(job_ids: Sequence[str]) -> dict[str, Job]:
+    """Return what Slurm knows of jobs, without those that it has forgotten; asks once for all of them.
 
     Raises:
         NoAnswerError: the scheduler could not be asked.
     """
+    if not job_ids:
+        return {}
+    names, form = ("JobState", "NodeList", "ExcNodeList", "StartTime", "Reason"), "%i|%T|%N|%x|%S|%r"
     try:
-        # Anything in an array that has not started stands in one entry; the first that mentions the element is it.
-        text = ask("scontrol", "-o", "show", "job", job_id).splitlines()[0]
+        options = ["--array", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", f"--format={form}"]
+        text = ask("squeue", *options)
     except NoAnswerError as error:
         if "Invalid job id" not in str(error):
             raise
-        return _job_in_accounts(job_id)
-    except IndexError:
-        return None
-    fields = dict(_fields(text))
-    return Job(fields.get("JobState", ""), fields)
+        text = ""
+    found = {}
+    for line in text.splitlines():
+        job_id, *values = line.split("|", len(names))
+        found[job_id] = Job(values[0], dict(zip(names, values, strict=True)))
+    forgotten = [job_id for job_id in job_ids if job_id not in found]
+    return found | (_jobs_in_accounts(forgotten) if forgotten else {})
 
 
-def _fields(text: str) -> Iterator[tuple[str, str]]:
-    for match in re.finditer(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s[A-Z][\w:/]*=|$)", text):
-        yield match.group(1), match.group(2).strip()
-
-
-def _job_in_accounts(job_id: str) -> Job | None:
+def _jobs_in_accounts(job_ids: Sequence[str]) -> dict[str, Job]:
     try:
-        text = ask("sacct", "-X", "-n", "-P", "-D", "-j", job_id, "-o", "State,NodeList,ExitCode")
+        text = ask("sacct", "-X", "-n", "-P", "-D", "-j", ",".join(job_ids), "-o", "JobID,State,NodeList")
     except NoAnswerError:  # many clusters have no accounts
-        return None
-    lines = [line.split("|") for line in text.splitlines() if line]
-    if not lines:
-        return None
-    state, nodes, code = lines[-1]
-    return Job(state.split()[0], {"JobState": state, "NodeList": nodes, "ExitCode": code})
+        return {}
+    found = {}
+    for line in text.splitlines():  # of a job that was put back into the queue, the last one counts
+        job_id, state, nodes = line.split("|")
+        found[job_id] = Job(state.split()[0], {"NodeList": nodes})
+    return found
 
 
-def look(run: RunDir, record: RunRecord) -> Sighting:
-    """Return what Slurm says about a run's job."""
-    job_id = _read_job_id(run)
-    if job_id is None:
-        return Sighting(live=False, state="lost", detail="it never got a job in Slurm")
-    facts = [("Slurm job", job_id)]
+def look(runs: Sequence[tuple[RunDir, RunRecord]]) -> list[Sighting]:
+    """Return what Slurm says about the jobs of runs."""
+    ids = [_read_job_id(run) for run, _ in runs]
     try:
-        job = job_now(job_id)
+        jobs = jobs_now([job_id for job_id in ids if job_id is not None])
     except NoAnswerError as error:
-        detail = f"Slurm does not answer ({error}); this is how the run stood when it was last seen"
-        return Sighting(live=True, detail=detail, answered=False, facts=tuple(facts))
+        jobs, silent = {}, f"Slurm does not answer ({error}); this is how the run stood when it was last seen"
+    else:
+        silent = ""
+    sightings = []
+    for job_id in ids:
+        if job_id is None:
+            sightings.append(Sighting(live=False, state="lost", detail="it never got a job in Slurm"))
+        elif silent:
+            sightings.append(Sighting(live=True, detail=silent, answered=False, facts=(("Slurm job", job_id),)))
+        else:
+            sightings.append(_sighting(job_id, jobs.get(job_id)))
+    return sightings
+
+
+def _sighting(job_id: str, job: Job | None) -> Sighting:
+    facts = [("Slurm job", job_id)]
     if job is None:
-        return Sighting(
-            live=False, state="lost", detail=f"Slurm does not know job {job_id} any more", facts=tuple(facts)
-        )
+        forgotten = f"Slurm does not know job {job_id} any more"
+        return Sighting(live=False, state="lost", detail=forgotten, facts=tuple(facts))
     if nodes := job.field("NodeList"):
         facts.append(("nodes", nodes))
     if excluded := job.field("ExcNodeList"):
@@ -398,6 +442,8 @@ def look(run: RunDir, record: RunRecord) -> Sighting:
     if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED"):
         return Sighting(live=True, detail=f"its job is {state.lower()}", facts=tuple(facts))
     ended, reason = _ENDED.get(state, ("lost", f"its job ended as {state}"))
+    if job.field("Reason") == "DependencyNeverSatisfied":
+        reason = "not started: a run that it was to follow did not finish"
     return Sighting(live=False, state=ended, detail=reason, facts=tuple(facts))
 
 
@@ -430,3 +476,7 @@ def cancel(run: RunDir, record: RunRecord) -> None:
         raise UserError(
             f"Slurm does not answer ({error}); the run's supervisor, if it runs, will find the request"
         ) from error
+
+
+def release(run: RunDir, record: RunRecord) -> None:
+    """Return at once: a job that has ended holds no nodes."""

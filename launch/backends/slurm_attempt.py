@@ -30,20 +30,25 @@ if __name__ == "__main__":
     # As a script, Python puts this file's directory first; what it imports starts two levels up.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from launch.backends import slurm
 from launch.backends.local import FAILURE_GRACE_SECONDS, free_port
-from launch.backends.slurm import NoAnswerError, ask
+from launch.backends.slurm import NoAnswerError
 from launch.config import ENVIRONMENT, SlurmCluster
 from launch.errors import UserError
+from launch.objects import be_patient
 from launch.outcome import Ask, exit_code, kind, outcome
 from launch.outcome import ending as ending_after
 from launch.plan import Plan, identity, scrubbed
 from launch.record import Attempt, Blame, HostExit, RunRecord, State, Supervisor, read_record, write_record
-from launch.run_dir import RunDir, last_json_lines, write_atomically
-from launch.watchdog import Hang, Watchdog
+from launch.run_dir import RunDir, write_atomically
+from launch.supervision import collect_exits, find_hang, has_progressed, note_exit, watchdog_of
+from launch.watchdog import Hang
 from launch.worker import EXIT_SAVED, LEAVE_SIGNALS
 
 POLL_SECONDS = 0.5
 LOCK_SECONDS = 30.0
+# Nobody waits for this process, and a controller of a large cluster may take its time.
+PATIENCE_SECONDS = 30.0
 # For as long as the controller is away, for example restarted, a requeue is asked for again and again.
 REQUEUE_SECONDS = 3600.0
 BLAMES_TO_EXCLUDE = 2
@@ -62,6 +67,7 @@ def main() -> int:
         "--interactive", action="store_true", help="in an allocation that is not ours: never requeue it"
     )
     options = parser.parse_args()
+    be_patient()
     run = RunDir(options.run_dir)
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not options.interactive and _is_newest_submission(run):
         run.fence_off_earlier_attempts()  # a supervisor that was cut off with its node would hold the lock for ever
@@ -85,6 +91,11 @@ def main() -> int:
         return _Supervisor(plan, run, record, interactive=options.interactive).run_attempt()
     finally:
         os.close(lock)
+
+
+def ask(*command: str) -> str:
+    """Return what one of Slurm's commands prints; raises `NoAnswerError`."""
+    return slurm.ask(*command, patience=PATIENCE_SECONDS)
 
 
 def _is_newest_submission(run: RunDir) -> bool:
@@ -118,6 +129,7 @@ class _Supervisor:
         self.settings = SlurmCluster.model_validate(plan.settings)
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.node = os.environ.get("SLURMD_NODENAME", "")
+        self.hosts = [host.index for host in plan.hosts]
         self.asked: Ask | None = None
         self.terminated = False  # Slurm is ending this job, for a reason that only it knows
         self.number: int | None = None  # of the attempt, once it has begun
@@ -149,10 +161,11 @@ class _Supervisor:
         self.run.begin_attempt(number)
         self.number = number
         self._write("running")
+        self.run.append_event("scheduled", attempt=number, job=self.job_id, nodes=nodes)
         self.run.append_event(
             "attempt_started", attempt=number, processes=len(self.plan.hosts), job=self.job_id, nodes=nodes
         )
-        size = self._metrics_size()
+        size = self.run.metrics_size()
         self._see_to_the_end(attempt, self._start(attempt, nodes, secrets))
         attempt.ended = time.time()
         attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
@@ -160,7 +173,7 @@ class _Supervisor:
             attempt.cause = attempt.cause or self._why_warned()
             self.run.append_event("preempted", attempt=number, cause=attempt.cause)
         self._blame(attempt)
-        return self._follow(attempt, progress=self._metrics_size() > size)
+        return self._follow(attempt, progress=has_progressed(self.run, attempt, size))
 
     # --- an attempt --------------------------------------------------------------------------------------------
 
@@ -224,21 +237,21 @@ class _Supervisor:
 
     def _see_to_the_end(self, attempt: Attempt, srun: "subprocess.Popen[bytes]") -> None:
         """Collect exits until srun is gone; end what does not end by itself."""
-        waiting = {host.index for host in self.plan.hosts}
-        watchdog = Watchdog(self.settings.hang_timeout)
+        waiting = set(self.hosts)
+        watchdog = watchdog_of(self.run, self.plan, attempt.number)
         look_at = 0.0
         kill_at: float | None = None
         told = False
         while srun.poll() is None:
             self._wait_for_a_signal()
-            ended = self._collect(attempt, waiting)
+            ended = collect_exits(self.run, attempt, waiting)
             now = time.monotonic()
             if now > look_at:
                 look_at = now + LOOK_SECONDS * (1 + len(self.plan.hosts) // 64)  # a file for each process
                 if self._is_replaced():
                     srun.kill()
                     self._leave()
-                if kill_at is None and (hang := self._hangs(attempt, watchdog)):
+                if kill_at is None and (hang := find_hang(self.run, attempt, self.hosts, watchdog)):
                     self._give_up(attempt, hang, waiting)
                     break
             if self.asked and not told:
@@ -261,14 +274,8 @@ class _Supervisor:
         if srun.poll() is None:
             srun.kill()  # waits for a node that is gone
             srun.wait()
-        self._collect(attempt, waiting)
+        collect_exits(self.run, attempt, waiting)
         self._missing(attempt, waiting)
-
-    def _hangs(self, attempt: Attempt, watchdog: Watchdog) -> Hang | None:
-        beats = {host.index: self.run.beat(attempt.number, host.index) for host in self.plan.hosts}
-        times = [line.get("step_time") for line in last_json_lines(self.run.metrics, 20)]
-        known = {host: beat for host, beat in beats.items() if beat is not None}
-        return watchdog.look(known, time.time(), [one for one in times if isinstance(one, float)])
 
     def _give_up(self, attempt: Attempt, hang: Hang, waiting: set[int]) -> None:
         """End an attempt that hangs, after its processes have written where they are."""
@@ -276,6 +283,7 @@ class _Supervisor:
         attempt.outcome, attempt.cause = "failed", hang.reason + (f", on {node}" if node else "")
         attempt.first_failed = hang.host if hang.host is not None else min(waiting)
         self.run.append_event("hang", attempt=attempt.number, host=hang.host, node=node, reason=hang.reason)
+        self.run.append_event("failed", attempt=attempt.number, host=hang.host, node=node, cause=attempt.cause)
         if node is not None:
             self.record.blames.append(Blame(node=node, reason=hang.reason, time=time.time()))
             self.run.append_event("blamed", attempt=attempt.number, node=node, reason=hang.reason)
@@ -283,31 +291,8 @@ class _Supervisor:
         time.sleep(STACKS_SECONDS)
         self.run.ask_file(attempt.number, "kill").touch()
         deadline = time.monotonic() + 10
-        while self._collect(attempt, waiting) or (waiting and time.monotonic() < deadline):
+        while collect_exits(self.run, attempt, waiting) or (waiting and time.monotonic() < deadline):
             time.sleep(0.1)
-
-    def _collect(self, attempt: Attempt, waiting: set[int]) -> bool:
-        """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
-        found = []
-        reported = {path.name for path in self.run.attempt(attempt.number).glob("*.exit.json")}
-        for host in sorted(waiting):
-            if self.run.exit_file(attempt.number, host).name not in reported:
-                continue
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                found.append(HostExit.model_validate_json(self.run.exit_file(attempt.number, host).read_text()))
-        for one in sorted(found, key=lambda one: one.ended):
-            waiting.discard(one.host)
-            self._note(attempt, one)
-        return bool(found)
-
-    def _note(self, attempt: Attempt, one: HostExit) -> None:
-        one.node = one.node or attempt.nodes[one.host]
-        attempt.exits.append(one)
-        fields = {"attempt": attempt.number, "host": one.host, "node": one.node, "code": one.code, "signal": one.signal}
-        self.run.append_event("host_exited", **fields)
-        if attempt.first_failed is None and kind(one) == "failed":
-            attempt.first_failed = one.host
-            self.run.append_event("failed", **fields)
 
     def _missing(self, attempt: Attempt, missing: set[int]) -> None:
         """Say what can be said of processes whose workers did not: the first that srun complained of was not killed for the
@@ -327,7 +312,7 @@ class _Supervisor:
         for host in sorted(missing, key=lambda host: (host != first, host)):
             stopped = [] if host == first else ["SIGKILL"]
             one = HostExit(host=host, code=137, signal="SIGKILL", forwarded=stopped, ended=time.time())
-            self._note(attempt, one)
+            note_exit(self.run, attempt, one)
 
     def _wait_for_a_signal(self) -> None:
         received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, POLL_SECONDS)
@@ -351,6 +336,7 @@ class _Supervisor:
         if own_job and self.asked is None and attempt.outcome != "finished" and self._ended_by_slurm():
             if attempt.outcome == "failed" and (lost := self._blame_lost_nodes(attempt)):
                 attempt.outcome, attempt.cause = "preempted", lost  # no failure of the job: it does not count as one
+                self.run.append_event("preempted", attempt=attempt.number, cause=lost)
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
             return exit_code(attempt)
@@ -368,7 +354,6 @@ class _Supervisor:
 
     def _requeue(self, code: int) -> int:
         """Have Slurm run this job again, and stay until it ends this run of it."""
-        excluded = self._excluded()
         deadline = time.monotonic() + REQUEUE_SECONDS
         while True:
             try:
@@ -381,12 +366,14 @@ class _Supervisor:
                     break  # Slurm has done so by itself, as after a preemption
                 print(f"requeue: {error}; trying again", flush=True)
                 time.sleep(5)
-        if excluded:
+        if self.record.blames:
             # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
+            excluded = nodes_to_exclude(self.record.blames, time.time(), self.settings.exclude_hours)
             nodes = ",".join(sorted({*excluded, *filter(None, [self.settings.exclude])}))
             try:
-                ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")
-                self.run.append_event("excluded", nodes=sorted(excluded))
+                ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")  # none: all may be used again
+                if excluded:
+                    self.run.append_event("excluded", self.record.attempts[-1].number + 1, nodes=excluded)
             except NoAnswerError as error:
                 print(f"could not exclude {nodes}: {error}", flush=True)
         return code
@@ -395,7 +382,9 @@ class _Supervisor:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
         with an exception is not."""
         if blamed := self.run.blame(attempt.number):
-            node, attempt.cause = blamed.get("node"), str(blamed.get("reason"))
+            host = blamed.get("host")
+            silent = attempt.nodes[host] if isinstance(host, int) and host < len(attempt.nodes) else None
+            node, attempt.cause = blamed.get("node") or silent, str(blamed.get("reason"))
             if node in attempt.nodes:
                 self.record.blames.append(Blame(node=node, reason=attempt.cause, time=time.time(), certain=True))
                 self.run.append_event("blamed", attempt=attempt.number, node=node, reason=attempt.cause)
@@ -408,14 +397,6 @@ class _Supervisor:
         reason = attempt.cause or f"process {first.host} died of {first.signal}"
         self.record.blames.append(Blame(node=first.node, reason=reason, time=time.time()))
         self.run.append_event("blamed", attempt=attempt.number, node=first.node, reason=reason)
-
-    def _excluded(self) -> list[str]:
-        """Return the nodes that were blamed for certain, or twice, within the time for which an exclusion holds."""
-        since = time.time() - self.settings.exclude_hours * 3600
-        recent = [blame for blame in self.record.blames if blame.time > since]
-        names = [blame.node for blame in recent]
-        certain = {blame.node for blame in recent if blame.certain}
-        return sorted(certain | {node for node in names if names.count(node) >= BLAMES_TO_EXCLUDE})
 
     def _settle_earlier_attempt(self) -> None:
         """Give an attempt whose supervisor was killed an outcome: Slurm ran the job again by itself."""
@@ -467,9 +448,6 @@ class _Supervisor:
             return found.group(1) if found else ""
         return ""
 
-    def _metrics_size(self) -> int:
-        return self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
-
     def _is_replaced(self) -> bool:
         return self.number is not None and self.run.newest_attempt() > self.number
 
@@ -492,6 +470,14 @@ class _Supervisor:
         self.run.append_event(event, attempt=number, state=state, code=code, reason=reason)
         self._write(state)
         return code
+
+
+def nodes_to_exclude(blames: list[Blame], now: float, hours: float) -> list[str]:
+    """Return the nodes that were blamed for certain, or twice, in the last `hours`; `now` is in Unix seconds."""
+    recent = [blame for blame in blames if blame.time > now - 3600 * hours]
+    names = [blame.node for blame in recent]
+    certain = {blame.node for blame in recent if blame.certain}
+    return sorted(certain | {node for node in names if names.count(node) >= BLAMES_TO_EXCLUDE})
 
 
 def _first_complaint(log: Path) -> tuple[str, int] | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasmine.data.episodes import EpisodeWriter
 from jasmine.data.tokenize import Options, load_encoder, tokenize
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 from jasmine.training import cli
 from jasmine.training.runs import baseline_modules
@@ -45,6 +45,12 @@ def refused(args, run_dir=None, **options) -> str:
         (["--profile_steps", "9"], "expected a:b with a < b"),
         (["--lr_schedule", "cos", "--warmup_steps", "40"], "leaves none of --num_steps=40 for the cosine"),
         (["--log_interval", "0"], "--log_interval=0: must be at least 1"),
+        (["--keep_best", "2"], "--keep_best=2 goes by --best_metric=val_loss, but --val_data_dir is not set"),
+        (["--save_every_minutes", "-1"], "--save_every_minutes=-1.0: must be 0 (none) or more"),
+        (["--max_rollbacks", "0"], "--max_rollbacks=0: must be at least 1"),
+        (["--replay_step", "41"], "--replay_step=41 is not a step of the run: from 1 to --num_steps=40"),
+        (["--replay_step", "4", "--no-restore_ckpt"], "which --no-restore_ckpt forbids"),
+        (["--replay_step", "4"], "is not the directory of a run that has trained"),
     ],
 )
 def test_options_that_cannot_work(tiny_data, tmp_path, extra, says):

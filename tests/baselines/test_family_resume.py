@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import jobs
-from tests.jobs import BASELINES, FAMILY, QUICK_COMPILE
+from tests.jobs import BASELINES, FAMILY
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ CLOCK = {"time", "attempt", "step_time", "frames_per_second", "data_wait"}
 
 def train(family, name, run_dir, *more, **options):
     script = BASELINES[FAMILY[name][0]]
-    return jobs.run(family.args(name, run_dir, *more), **{"script": script, "env": QUICK_COMPILE, **options})
+    return jobs.run(family.args(name, run_dir, *more), **{"script": script, **options})
 
 
 def curve(run_dir) -> list[dict]:
@@ -43,7 +43,7 @@ def test_runs_differ_from_step_to_step_and_learn(family):
 def test_killed_and_resumed_is_bit_identical(family, name, tmp_path):
     run_dir = tmp_path / "run"
     fault = {"FAULT": "kill@5", "FAULT_JOB": FAMILY[name][0]}
-    train(family, name, run_dir, script=jobs.FAULTY, env=QUICK_COMPILE | fault, expect=-9)
+    train(family, name, run_dir, script=jobs.FAULTY, env=fault, expect=-9)
     assert jobs.checkpoints(run_dir) == [2, 4]
     again = train(family, name, run_dir)
     assert "resumed from the checkpoint of step 4" in again.output()
@@ -79,7 +79,7 @@ def test_training_from_tokens_is_training_from_pixels(family, name, made_with, t
     tokens, run_dir = tmp_path / "tokens", tmp_path / "run"
     made_with = [str(family[word[1:-1]]) if word.startswith("{") else word for word in made_with.split()]
     options = shlex.split(f"jasmine.data.tokenize --data {family.data} --output_dir {tokens} --seq_len 4 --split train")
-    jobs.run([*options, *made_with], script="-m", env=QUICK_COMPILE)
+    jobs.run([*options, *made_with], script="-m")
     train(family, name, run_dir, "--data_dir", str(tokens))
     for mine, expected in zip(curve(run_dir), curve(family[name]), strict=True):
         np.testing.assert_allclose(mine["loss"], expected["loss"], rtol=1e-5)

@@ -45,7 +45,7 @@ def train(run_dir: Path, data: Path, script: str, options: str, steps: int) -> T
     often = f"--num_steps {steps} --val_interval {steps // 4} --log_checkpoint_interval {steps}"
     places = ["--ckpt_dir", run_dir, "--data_dir", data, "--val_data_dir", data]
     args = [*map(str, places), *shlex.split(f"--dtype float32 --warmup_steps 20 {options} {often}")]
-    job = jobs.start(args, script=REPO / "jasmine" / "baselines" / f"{script}.py")
+    job = jobs.start(args, script=REPO / "jasmine" / "baselines" / f"{script}.py", env={"XLA_FLAGS": ""})
     assert job.finish(900) == [0], job.output()
     records = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
     judged = [record for record in records if "val_loss" in record]
@@ -66,12 +66,12 @@ def coinrun(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vqvae(coinrun, tmp_path_factory):
     options = f"{TOKENIZER} --num_latents 512 --vq_revival 1"
-    return train(tmp_path_factory.mktemp("vqvae") / "run", coinrun, "maskgit/train_tokenizer_vqvae", options, 600)
+    return train(tmp_path_factory.mktemp("vqvae") / "run", coinrun, "maskgit/train_tokenizer_vqvae", options, 400)
 
 
 @pytest.fixture(scope="module")
 def mae(coinrun, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("mae") / "run", coinrun, "diffusion/train_tokenizer_mae", TOKENIZER, 600)
+    return train(tmp_path_factory.mktemp("mae") / "run", coinrun, "diffusion/train_tokenizer_mae", TOKENIZER, 400)
 
 
 @pytest.mark.parametrize("kind", ["vqvae", "mae"])
@@ -82,7 +82,7 @@ def test_tokenizers_learn_to_reconstruct(kind, request):
 
 
 def test_the_latent_action_model_finds_actions(coinrun, tmp_path):
-    lam = train(tmp_path / "run", coinrun, "train_lam", f"{LAM} --num_latents 6", 400)
+    lam = train(tmp_path / "run", coinrun, "train_lam", f"{LAM} --num_latents 6", 300)
     assert lam.end("delta_psnr") > 0.4
     assert lam.end("psnr") > lam.end("psnr_copy") + 1
     assert lam.end("codebook_perplexity") > 1.5  # it has not fallen to one action
@@ -100,7 +100,7 @@ def test_the_latent_action_model_finds_actions(coinrun, tmp_path):
 )
 def test_dynamics_learn_to_move_as_they_are_told(script, tokenizer, options, coinrun, tmp_path, request):
     frozen = request.getfixturevalue(tokenizer).run_dir
-    world = train(tmp_path / "run", coinrun, script, f"{DYNAMICS} --tokenizer_checkpoint {frozen} {options}", 400)
+    world = train(tmp_path / "run", coinrun, script, f"{DYNAMICS} --tokenizer_checkpoint {frozen} {options}", 280)
     assert world.end("loss") < 0.9 * world.start("loss")
     assert world.end("psnr") > world.end("psnr_copy") + 0.3
     assert world.end("delta_psnr") > 0.1

@@ -10,9 +10,12 @@ from tests.jobs import REPO
 
 BENCHMARKS = {
     "checkpoint": "small",
+    "cloud_tpu": "lost_by_preemption",
     "data_layout": "layouts",
     "dataloader": "ratio_raw",
+    "gcs_data": "warm",
     "sampling": "maskgit_dim128_batch1",
+    "scaling": "chips",
     "slurm": "lost_by_hang",
     "startup": "1x1_warm",
     "train_step": "baselines",

@@ -7,6 +7,9 @@ CUDA_VISIBLE_DEVICES as it would for real ones.
 
 Daemons are children in the foreground, ended by their process ids.
 
+A job that is put back into the queue waits for munge's `cred_expire` before it starts again: five seconds, the least that
+Slurm accepts (anything less stands for its default of two minutes).
+
 With `own_networks` every node has a network namespace of its own, joined by a bridge, so that a cable can be pulled.
 """
 
@@ -66,7 +69,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/{accounts}
 JobCompType=jobcomp/none
-MailProg=/bin/true
+MailProg={root}/mail
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
@@ -80,7 +83,7 @@ SlurmdParameters=config_overrides
 KillWait=5
 MinJobAge={min_job_age}
 SlurmdTimeout={slurmd_timeout}
-MessageTimeout=10
+MessageTimeout={message_timeout}
 JobRequeue=1
 PropagateResourceLimits=NONE
 FirstJobId={first_job}
@@ -89,7 +92,9 @@ FirstJobId={first_job}
 
 def missing_programs(programs: Sequence[str] = PROGRAMS) -> list[str]:
     """Return those of `programs` that this machine lacks."""
-    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian keeps daemons
+    folders = os.environ["PATH"].split(os.pathsep)
+    daemons = [folder for folder in ("/usr/sbin", "/sbin") if folder not in folders]  # where Debian keeps them
+    os.environ["PATH"] = os.pathsep.join([*folders, *daemons])
     return [program for program in programs if shutil.which(program) is None]
 
 
@@ -106,6 +111,7 @@ class SlurmCluster:
         gpus: int = 8,
         grace: int = 30,
         slurmd_timeout: int = 30,
+        message_timeout: int = 10,
         own_networks: bool = False,
         accounts: bool = False,
     ) -> None:
@@ -115,8 +121,9 @@ class SlurmCluster:
         self.address = f"{prefix}.1"
         self.nodes = [f"{prefix}.{11 + index}" for index in range(nodes)]
         self.conf = self.root / "slurm.conf"
+        self.mails = self.root / "log" / "mails"  # a line for each: its subject and to whom
         self.env = {"SLURM_CONF": str(self.conf)}
-        self._settings = {"slurmd_timeout": slurmd_timeout}
+        self._settings = {"slurmd_timeout": slurmd_timeout, "message_timeout": message_timeout}
         self._gpus, self._grace, self._accounts = gpus, grace, accounts
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -128,6 +135,9 @@ class SlurmCluster:
             (self.root / folder).mkdir()
         self.root.chmod(0o755)
         self._configure()
+        mail = self.root / "mail"
+        mail.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {self.mails}\n')
+        mail.chmod(0o755)
         munge = self.root / "run"
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -230,7 +240,7 @@ class SlurmCluster:
         with self.conf.open("a") as file:
             file.write(
                 f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={port}\n"
-                f"AccountingStoragePass={self.root}/run/munge.socket\n"
+                f"AccountingStoragePass={self.root}/run/munge.socket\nAccountingStorageEnforce=associations,qos\n"
             )
         # slurmdbd takes the database's socket from the environment only.
         self._spawn("slurmdbd", "-D", MYSQL_UNIX_PORT=str(socket_path), MARIADB_UNIX_PORT=str(socket_path))
@@ -241,6 +251,9 @@ class SlurmCluster:
             return cluster in self.command("sacctmgr", "-n", "list", "cluster", check=False)
 
         self._wait(known, 40, "slurmdbd does not know the cluster")
+        self.command("sacctmgr", "-i", "add", "account", "lab")
+        self.command("sacctmgr", "-i", "add", "qos", "hurry")
+        self.command("sacctmgr", "-i", "add", "user", user, "account=lab", "qos=normal,hurry", "defaultqos=normal")
 
     def _network(self, node: str) -> str:
         return f"jasmine-{self._subnet}-{node.rpartition('.')[2]}"

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from jasmine.data.convert import Config, convert
-from jasmine.data.episodes import EpisodeDataset, EpisodeWriter, open_dataset
+from jasmine.data.episodes import EpisodeDataset
+from jasmine.data.opening import open_dataset
 from jasmine.data.published import PublishedDataset
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 from tests.data.test_published import make_record, write_file, write_split
 

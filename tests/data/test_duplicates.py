@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jasmine.data.duplicates import EpisodeId, duplicates, main
-from jasmine.data.episodes import Encoding, EpisodeWriter, open_dataset
+from jasmine.data.index import Encoding
+from jasmine.data.opening import open_dataset
+from jasmine.data.writer import EpisodeWriter
 
 RNG = np.random.default_rng(0)
 A, B, C, D = (RNG.integers(0, 255, (length, 8, 8, 3), dtype=np.uint8) for length in (20, 30, 20, 600))

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from jasmine.data import records
-from jasmine.data.episodes import LOSSLESS, LOSSY, EpisodeDataset, EpisodeWriter, open_dataset, read_index
+from jasmine.data.episodes import EpisodeDataset
+from jasmine.data.index import LOSSLESS, LOSSY, read_index
+from jasmine.data.opening import open_dataset
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 
 SHAPE = (24, 32, 3)
@@ -145,7 +148,7 @@ def test_what_the_writer_refuses(tmp_path):
 WRITE_AS_TOLD = """
 import sys
 import numpy as np
-from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.writer import EpisodeWriter
 with EpisodeWriter(sys.argv[1], frame_shape=(8, 8, 3), fps=1, episodes_per_shard=3) as writer:
     print(writer.num_episodes, flush=True)
     for line in sys.stdin:
@@ -219,7 +222,7 @@ def test_full_disk_keeps_finished_shards(tmp_path):
     script = """
 import resource, signal, sys
 import numpy as np
-from jasmine.data.episodes import EpisodeWriter
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:

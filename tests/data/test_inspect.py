@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jasmine.data.episodes import EpisodeWriter, open_dataset
 from jasmine.data.inspect import LABEL_WIDTH, MARGIN, animation, choose, contact_sheet, main
+from jasmine.data.opening import open_dataset
+from jasmine.data.writer import EpisodeWriter
 
 
 @pytest.fixture

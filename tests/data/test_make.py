@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jasmine.data.episodes import open_dataset
 from jasmine.data.make import procgen_games
 from jasmine.data.make.__main__ import main
 from jasmine.data.make.maker import make_dataset
 from jasmine.data.make.source import Episode, Skipped
+from jasmine.data.opening import open_dataset
 
 COINRUN = ["coinrun", "--num_episodes_train", "3", "--num_episodes_val", "2", "--num_episodes_test", "1"]
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jasmine.data.duplicates import duplicates
-from jasmine.data.episodes import open_dataset
 from jasmine.data.make import atari, minatar_games, procgen_games
 from jasmine.data.make.__main__ import main
 from jasmine.data.make.policy import MAX_HOLD, play
 from jasmine.data.make.source import SPLITS, Episode
+from jasmine.data.opening import open_dataset
 from jasmine.errors import UserError
 
 

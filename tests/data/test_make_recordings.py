@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jasmine.data.episodes import open_dataset
 from jasmine.data.make.__main__ import main
 from jasmine.data.make.recordings import deal, decode, natural_key
+from jasmine.data.opening import open_dataset
 from jasmine.errors import UserError
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8)

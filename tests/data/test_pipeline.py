@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jasmine.data.episodes import EpisodeWriter, open_dataset
+from jasmine.data.opening import open_dataset
 from jasmine.data.pipeline import batches, is_labelled, record_ids
 from jasmine.data.sampling import WindowSampler
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 from tests.data.test_published import write_split
 
@@ -177,7 +178,7 @@ def test_damage_found_while_reading_names_the_record(tmp_path, num_workers):
 
 TRAIN = """
 import os, signal, sys, threading
-from jasmine.data.episodes import open_dataset
+from jasmine.data.opening import open_dataset
 from jasmine.data.pipeline import batches
 
 def main():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jasmine.data import published
-from jasmine.data.episodes import open_dataset
+from jasmine.data.opening import open_dataset
 from jasmine.data.published import BadRecordError, PublishedDataset, parse_record
 from jasmine.errors import UserError
 

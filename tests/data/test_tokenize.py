@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from jasmine.data.episodes import EpisodeWriter, read_index
+from jasmine.data.index import read_index
 from jasmine.data.tokenize import Options, load_encoder
 from jasmine.data.tokens import open_training_data
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 from tests import jobs
 from tests.data.test_pipeline import take

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jasmine.data import inspect, verify
-from jasmine.data.episodes import open_dataset
+from jasmine.data.opening import open_dataset
 from jasmine.data.pipeline import batches, is_labelled, record_ids
 from jasmine.data.sampling import WindowSampler
 from jasmine.data.tokens import TokenDataset, open_training_data

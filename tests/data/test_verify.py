@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jasmine.data.episodes import Encoding, EpisodeWriter, open_dataset, read_index, write_index
+from jasmine.data.index import Encoding, read_index, write_index
+from jasmine.data.opening import open_dataset
 from jasmine.data.verify import main, problems
+from jasmine.data.writer import EpisodeWriter
 
 RNG = np.random.default_rng(0)
 

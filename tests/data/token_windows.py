@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jasmine.data.episodes import EpisodeWriter
 from jasmine.data.tokenize import Encoder, Options, tokenize
 from jasmine.data.tokens import EncoderInfo
+from jasmine.data.writer import EpisodeWriter
 
 SEQ_LEN = 4
 LENGTHS = (10, 3, 7, 40, 4, 2, 25)  # two are shorter than a window

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.events import problem
+from launch.objects import place
 from launch.record import RunRecord
 from launch.run_dir import RunDir
 from launch.standing import Watch, read_standing
@@ -26,6 +28,12 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def check_events(run: RunDir) -> None:
+    """Fail the test if an event of the run is not what the schema says."""
+    wrong = [(found, event) for event in run.events() if (found := problem(event)) is not None]
+    assert not wrong
 
 
 @dataclasses.dataclass
@@ -58,13 +66,14 @@ class Checkout:
 
     def directory(self, name: str = "r") -> RunDir:
         """The run's directory."""
-        return RunDir(self.home / "runs" / name)
+        return RunDir(place(self.env.get("JASMINE_STORAGE", str(self.home / "runs"))) / name)
 
     def end(self, name: str = "r", seconds: float = 40) -> RunRecord:
         """Wait until nothing of the run lives; return its record."""
         run = self.directory(name)
         lives = Watch(run, seconds=0.2)
         wait_until(lambda: not lives(), seconds)
+        check_events(run)
         return read_standing(run).record
 
     def at_step(self, step: int, name: str = "r", host: int = 0) -> None:

@@ -25,6 +25,7 @@ VERSION = "one"
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     num_steps: int = 10
+    max_lr: float = 1e-4
     data_dir: str = ""
     log: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

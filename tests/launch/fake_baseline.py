@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 from jasmine.training.config import VERSION, TrainConfig
+from launch.objects import is_object, place
+from launch.run_dir import append, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +37,20 @@ class Config(TrainConfig):
 def beat(run: Path, attempt: int, host: int, step: int) -> None:
     """Say how far this process is, as every training process does."""
     path = run / "attempts" / str(attempt) / f"host-{host}.beat.json"
-    path.with_suffix(".new").write_text(json.dumps({"time": time.time(), "step": step, "doing": "stepping"}))
-    path.with_suffix(".new").rename(path)
+    write_atomically(path, json.dumps({"time": time.time(), "step": step, "doing": "stepping"}))
 
 
 def main() -> int:
-    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    words = [word for argument in sys.argv[1:] for word in argument.split("=", 1)]
+    options = dict(zip(words[::2], words[1::2], strict=True))
     config = Config(
         **{k.removeprefix("--"): type(getattr(Config, k.removeprefix("--")))(v) for k, v in options.items()}
     )
-    run = Path(os.environ["JASMINE_RUN_DIR"])
-    attempt, host = int(os.environ["JASMINE_ATTEMPT"]), int(os.environ.get("JAX_PROCESS_ID", "0"))
+    run = place(os.environ["JASMINE_RUN_DIR"])
+    attempt, host = (
+        int(os.environ["JASMINE_ATTEMPT"]),
+        int(os.environ.get("JASMINE_HOST") or os.environ.get("JAX_PROCESS_ID", "0")),
+    )
     leave = run / f"leave-{attempt}"
     signal.signal(signal.SIGTERM, lambda *_: None if config.deaf else leave.touch())
     checkpoint = run / f"step-{host}"
@@ -54,7 +59,10 @@ def main() -> int:
     if config.leave_child:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (run / "child.pid").write_text(str(child.pid))
-    faulthandler.register(signal.SIGQUIT, file=(run / "attempts" / str(attempt) / f"host-{host}.stacks").open("w"))
+    stacks = run / "attempts" / str(attempt) / f"host-{host}.stacks"
+    if is_object(stacks):  # then they go to the log
+        stacks.touch()
+    faulthandler.register(signal.SIGQUIT, file=sys.stderr if is_object(stacks) else stacks.open("w"))
     while step < config.num_steps:
         if step == config.crash_at and host == config.crash_host and attempt <= config.crash_attempts:
             if config.crash_code == 1:
@@ -69,8 +77,7 @@ def main() -> int:
         step += 1
         if host == 0:
             line = {"step": step, "loss": 1 / step, "lr": 1e-3, "step_time": 0.05, "frames_per_second": 1234.5}
-            with (run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(run / "metrics.jsonl", json.dumps(line) + "\n")
         print(f"step {step}", flush=True)
         beat(run, attempt, host, step)
         if leave.exists():

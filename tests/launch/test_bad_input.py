@@ -116,7 +116,8 @@ def test_a_name_in_use(checkout: Checkout) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "'r' is in use" in done.stderr
         assert "another --name" in done.stderr
-    assert len(checkout.directory().events()) == 2, "the live run was changed"
+    events = [event["event"] for event in checkout.directory().events()]
+    assert events == ["submitted", "scheduled", "attempt_started"], "the live run was changed"
 
 
 def test_code_too_large_to_be_code(checkout: Checkout) -> None:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from launch.config import CLUSTER_DIR, SlurmCluster, cluster_names, json_schema, load_cluster
+from launch.cluster_files import CLUSTER_DIR, cluster_names, load_cluster
+from launch.config import CloudTpuCluster, SlurmCluster, json_schema
 from launch.errors import UserError
 
 
@@ -25,10 +27,50 @@ def test_every_shipped_file_is_valid_and_names_the_schema(name: str) -> None:
     assert (CLUSTER_DIR / f"{name}.yaml").read_text().startswith("# yaml-language-server: $schema=schema.json\n")
 
 
-def test_the_template_has_every_key() -> None:
-    text = (CLUSTER_DIR / "slurm-template.yaml").read_text()
+@pytest.mark.parametrize(("template", "schema"), [("slurm", SlurmCluster), ("tpu", CloudTpuCluster)])
+def test_the_template_has_every_key(template: str, schema: type[BaseModel]) -> None:
+    text = (CLUSTER_DIR / f"{template}-template.yaml").read_text()
     keys = {line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()}
-    assert keys == set(SlurmCluster.model_fields)
+    assert keys == set(schema.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "vms"),
+    [
+        ("tpu-v5-256", 256, 64), ("tpu-v5-16", 16, 4), ("tpu-v5p-128", 64, 16), ("tpu-v4-64", 32, 8),
+        ("tpu-v6-256", 256, 64), ("tpu-v5-2x256", 512, 128),
+    ],
+)  # fmt: skip
+def test_tpu_files_are_what_their_names_say(name: str, chips: int, vms: int) -> None:
+    _, settings = load_cluster(name)
+    assert isinstance(settings, CloudTpuCluster)
+    assert (settings.slices * settings.tpu.chips, settings.slices * settings.tpu.hosts) == (chips, vms)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("accelerator_type: v5-256", "v5-256' could be two things: write v5litepod-256 (256 v5e chips on 64 VMs) or"),
+        ("accelerator_type: v5litpod-16", "did you mean 'v5litepod-16'?"),
+        ("accelerator_type: v4-4", "v4 counts TensorCores, two on each chip"),
+        ("accelerator_type: tpu7x-64", "rented through GKE"),
+        ("reservation: ours", "provisioning: reserved and reservation: NAME belong together"),
+        ("secrets: {WANDB_API_KEY: environment}", "does not reach a VM without being stored on the way"),
+        ("env: {WANDB_API_KEY: abc}", "WANDB_API_KEY looks like a secret"),
+        ("labels: {Team: World}", "labels are lower-case letters"),
+        ("provisioning: cheap", "expected 'on-demand', 'spot' or 'reserved'"),
+        ("zone: []", "zone is []; expected a zone such as us-west4-a"),
+    ],
+)
+def test_mistakes_in_tpu_files_are_told_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    values = {"backend": "cloud_tpu", "accelerator_type": "v5litepod-16", "zone": "us-west4-a", "project": "p"}
+    key, _, value = text.partition(": ")
+    lines = [f"{k}: {v}" for k, v in {**values, key: value}.items()]
+    (tmp_path / "c.yaml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as refused:
+        load_cluster(str(tmp_path / "c.yaml"))
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +86,7 @@ def test_the_template_has_every_key() -> None:
         ),
         ("env: {JAX_PROCESS_ID: 1}\n", "JAX_PROCESS_ID is set by the launcher"),
         ("extra: [exclusive]\n", "'exclusive' is no option of sbatch"),
-        ('partition: "a\\nb"\n', "partition is 'a\\nb'; expected a partition's name"),
+        ('partition: "a\\nb"\n', "partition: 'a\\nb' is more than one line"),
         ("nodes: 0\n", "c.yaml:2: nodes is 0; expected a whole number, at least 1"),
     ],
 )

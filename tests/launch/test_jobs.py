@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 
+import pytest
+
 from tests.launch.checkouts import Checkout, wait_until
 
 
@@ -31,6 +33,7 @@ def test_list_and_status_say_how_runs_stand(checkout: Checkout) -> None:
     assert "busy: running" in by_path.stdout
 
 
+@pytest.mark.slow
 def test_logs_of_a_host_and_of_an_attempt(checkout: Checkout) -> None:
     checkout.submit("--set", "processes=2", "train_lam", "--num_steps", "6", "--crash_at", "3", "--crash_host", "1")
     checkout.end()
@@ -45,6 +48,7 @@ def test_logs_of_a_host_and_of_an_attempt(checkout: Checkout) -> None:
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_following_logs_goes_through_restarts_to_the_end(checkout: Checkout) -> None:
     checkout.submit("train_lam", "--num_steps", "200", "--step_seconds", "0.02")
     following = subprocess.Popen(
@@ -84,6 +88,7 @@ def test_a_script_that_is_gone_can_be_resumed_from_its_snapshot(checkout: Checko
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "mine")
 
 
+@pytest.mark.slow
 def test_a_job_whose_working_directory_is_gone_says_so(checkout: Checkout) -> None:
     gone = checkout.home / "gone"
     gone.mkdir()

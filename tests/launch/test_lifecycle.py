@@ -6,14 +6,19 @@ import re
 import resource
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import worker
+from launch.backends.local import restart_delay
 from launch.plan import MASK
-from launch.record import read_record
+from launch.record import Attempt, read_record, write_record
+from launch.run_dir import RunDir, append
+from launch.supervision import has_progressed
 from tests.launch.checkouts import Checkout, is_alive, wait_until
 
 
@@ -39,7 +44,9 @@ def test_a_job_runs_detached_to_its_end(checkout: Checkout) -> None:
     assert [one.code for one in record.attempts[0].exits] == [0, 0]
     assert json.loads(run.exit_file(1, 1).read_text())["code"] == 0
     assert run.log(1, 0).read_text().splitlines()[-1] == "step 60"
-    assert _events(checkout) == ["submitted", "attempt_started", "host_exited", "host_exited", "finished"]
+    assert _events(checkout) == [
+        "submitted", "scheduled", "attempt_started", "host_exited", "host_exited", "finished"
+    ]  # fmt: skip
     assert run.supervisor_log.read_text() == ""
 
 
@@ -71,6 +78,7 @@ def test_the_processes_are_told_who_they_are(checkout: Checkout) -> None:
     assert not {"JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES"} & alone.keys()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_all_and_the_job_goes_on(checkout: Checkout) -> None:
     checkout.submit("--set", "processes=2", "train_tokenizer_vqvae", "--num_steps", "60")
     checkout.at_step(2, host=1)
@@ -140,10 +148,40 @@ def test_a_crash_is_outlived(checkout: Checkout) -> None:
     assert [attempt.outcome for attempt in record.attempts] == ["failed", "finished"]
 
 
+def test_failures_without_a_step_in_between_are_given_longer_and_longer() -> None:
+    assert [restart_delay(fruitless) for fruitless in (0, 1, 2, 3, 4, 6)] == [1, 1, 2, 4, 8, 32]
+    assert restart_delay(7) == restart_delay(100_000) == 60
+
+
 def test_a_user_mistake_in_the_job_is_not_tried_again(checkout: Checkout) -> None:
     checkout.submit("train_tokenizer_vqvae", "--crash_at", "0", "--crash_code", "2")
     record = checkout.end()
     assert (record.state, record.exit_code, len(record.attempts)) == ("failed", 2, 1)
+
+
+def test_steps_made_again_after_a_checkpoint_are_progress(tmp_path: Path) -> None:
+    run, size = RunDir(tmp_path), 0
+    third = Attempt(number=3, processes=1, devices_per_process=1, code="c", started=0.0)
+
+    def logged(steps: dict[int, int]) -> bool:
+        run.metrics.write_text("".join(f'{{"step": {step}, "attempt": {steps[step]}}}\n' for step in steps))
+        return has_progressed(run, third, size)
+
+    assert not has_progressed(run, third, size)
+    assert not logged(dict.fromkeys(range(190), 2))
+    size = run.metrics_size()
+    assert not logged(dict.fromkeys(range(100), 2)), "it went back to a checkpoint, and no further"
+    assert logged(dict.fromkeys(range(100), 2) | dict.fromkeys(range(100, 150), 3))
+    run.metrics.write_text('{"step": 1}\n')
+    assert not has_progressed(run, third, 12), "a program whose lines do not name their attempt"
+    assert has_progressed(run, third, 11)
+
+
+def test_a_job_that_says_it_would_fail_again_is_not_tried_again(checkout: Checkout) -> None:
+    checkout.submit("--set", "processes=2", "train_tokenizer_vqvae", "--crash_at", "3", "--crash_code", "65")
+    record = checkout.end()
+    assert (record.state, record.exit_code, len(record.attempts)) == ("failed", 65, 1)
+    assert "a restart would only repeat its failure" in checkout.jobs("status", "r").stdout
 
 
 @pytest.mark.slow
@@ -159,7 +197,8 @@ def test_an_exception_on_one_process_ends_a_hanging_job_quickly(checkout: Checko
     shown = checkout.jobs("logs", "r").stdout.splitlines()
     assert shown[0].startswith("[host-1] version one")
     traceback = shown.index("[host-1] ValueError: no more at step 5")
-    assert traceback < min(i for i, line in enumerate(shown) if line.startswith("[host-0]"))
+    others = [i for i, line in enumerate(shown) if line.startswith("[host-0]")]  # none, if it was ended before it spoke
+    assert traceback < min(others, default=len(shown))
     explained = checkout.jobs("explain", "r").stdout
     assert "host 1 of 3 failed first: it exited with code 1" in explained
     assert "ValueError: no more at step 5" in explained
@@ -210,6 +249,24 @@ def test_a_killed_supervisor_leaves_no_orphans_and_a_lost_run(checkout: Checkout
     assert checkout.jobs("resume", "r", "--wait", "--num_steps", "30").returncode == 0
 
 
+def test_a_supervisor_that_was_replaced_leaves_the_run_to_the_other(checkout: Checkout) -> None:
+    checkout.submit("train_tokenizer_vqvae", "--num_steps", "2000", "--crash_at", "30")
+    checkout.at_step(2)
+    run, job = checkout.directory(), checkout.job_pid()
+    run.begin_attempt(2)
+    record = read_record(run)
+    assert record is not None
+    write_record(run, record.model_copy(update={"state": "submitted", "reason": "it is another's"}))
+    wait_until(lambda: not run.is_live())
+    assert not is_alive(job)
+    record = read_record(run)
+    assert record is not None
+    assert (record.state, record.reason, len(record.attempts)) == ("submitted", "it is another's", 1)
+    assert not {"failed", "preempted", "restarted", "ended"} & set(_events(checkout))
+    assert run.newest_attempt() == 2
+    assert "begun by another supervisor" in run.supervisor_log.read_text()
+
+
 def test_a_killed_worker_takes_its_job_along_and_counts_as_a_failure(checkout: Checkout) -> None:
     checkout.submit("train_tokenizer_vqvae", "--num_steps", "30", "--leave_child", "1")
     checkout.at_step(2)
@@ -223,6 +280,7 @@ def test_a_killed_worker_takes_its_job_along_and_counts_as_a_failure(checkout: C
     assert record.attempts[0].exits[0].signal == "SIGKILL"
 
 
+@pytest.mark.slow
 def test_wait_shows_the_job_and_returns_its_exit_code(checkout: Checkout) -> None:
     def wait(*arguments: str) -> subprocess.CompletedProcess[str]:
         return checkout.run("submit", "--cluster", "local", "--wait", *arguments)
@@ -243,7 +301,7 @@ def test_wait_shows_the_job_and_returns_its_exit_code(checkout: Checkout) -> Non
 
 
 def test_interrupting_wait_leaves_the_run_alone(checkout: Checkout) -> None:
-    arguments = ["--cluster", "local", "--wait", "--name", "r", "train_lam", "--num_steps", "30"]
+    arguments = ["--cluster", "local", "--wait", "--name", "r", "train_lam", "--num_steps", "80"]
     waiting = subprocess.Popen(
         checkout.argv("submit", *arguments), cwd=checkout.home, env=checkout.env, stderr=subprocess.PIPE, text=True
     )
@@ -302,7 +360,7 @@ def test_what_a_dry_run_shows_is_what_runs(checkout: Checkout) -> None:
     assert record.state == "finished"
     refused = checkout.jobs("resume", "r")
     assert refused.returncode == 2
-    assert "--set env.MY_TOKEN=VALUE" in refused.stderr
+    assert "export MY_TOKEN first" in refused.stderr
     assert checkout.jobs("resume", "r", "--set", "env.MY_TOKEN=hush", "--wait").returncode == 0
 
 
@@ -331,3 +389,74 @@ def test_submitting_the_same_name_again_goes_on(checkout: Checkout) -> None:
     record = checkout.end()
     assert (record.state, len(record.submissions)) == ("finished", 2)
     assert "from step 4" in checkout.directory().log(2, 0).read_text()
+
+
+def test_a_full_disk_is_outlasted(checkout: Checkout, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        assert not os.environ.get("CI"), f"CI must run this test: {mounted.stderr.decode()}"
+        pytest.skip(f"this needs the right to mount a file system: {mounted.stderr.decode()}")
+    try:
+        checkout.env["JASMINE_STORAGE"] = str(disk / "runs")
+        checkout.submit("train_tokenizer_vqvae", "--num_steps", "60")
+        checkout.at_step(3)
+        run = checkout.directory()
+        job = checkout.job_pid()
+        with (disk / "filler").open("wb", buffering=0) as filler:
+            for size in (1 << 16, 1):
+                try:
+                    while True:
+                        filler.write(bytes(size))
+                except OSError:
+                    pass
+        os.kill(job, signal.SIGKILL)
+        wait_until(lambda: not is_alive(job))
+        with pytest.raises(AssertionError):  # nothing ends it, for as long as the disk is full
+            wait_until(lambda: not run.is_live(), 3)
+        (disk / "filler").unlink()
+        record = checkout.end()
+        assert record.state == "finished", run.supervisor_log.read_text()
+        assert [attempt.outcome for attempt in record.attempts] == ["failed", "finished"]
+        assert [event for event in _events(checkout) if event == "failed"] == ["failed"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_worker_listens_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = threading.Event()
+    monkeypatch.setattr(worker, "write_atomically", lambda path, text: room.wait(60) and path.write_text(text))
+    run = RunDir(tmp_path)
+    run.attempt(1).mkdir(parents=True)
+    run.ask_file(1, "leave").touch()
+    started = time.monotonic()
+    look = worker._Look(run, attempt=1, host=0, job=123, forwarded=[])
+    try:
+        assert time.monotonic() - started < 10, "signals are not passed on meanwhile"
+        wait_until(lambda: look.asked_to_leave, 10)
+        assert not run.pid_file(1, 0).exists()
+        room.set()
+        wait_until(run.pid_file(1, 0).exists, 10)
+    finally:
+        look.over.set()
+
+
+def test_a_stuck_process_is_named_and_outlived(checkout: Checkout) -> None:
+    hang = ["--hang_at", "5", "--hang_host", "1", "--hang_attempts", "1", "--num_steps", "9"]
+    checkout.submit("--set", "processes=2", "--set", "hang_timeout=3", "train_tokenizer_vqvae", *hang)
+    record = checkout.end(seconds=60)
+    assert record.state == "finished", checkout.directory().supervisor_log.read_text()
+    assert [attempt.outcome for attempt in record.attempts] == ["failed", "finished"]
+    assert record.attempts[0].first_failed == 1
+    assert "process 1 is still at step 5" in (record.attempts[0].cause or "")
+    assert [event for event in _events(checkout) if event in ("hang", "failed")] == ["hang", "failed"]
+    assert "in main" in checkout.directory().stacks(1, 1).read_text()
+
+
+def test_a_torn_event_spoils_no_other(checkout: Checkout) -> None:
+    checkout.submit("train_tokenizer_vqvae", "--num_steps", "40")
+    checkout.at_step(3)
+    append(checkout.directory().root / "events.jsonl", '{"time": 17')
+    assert checkout.end().state == "finished"
+    assert _events(checkout)[-2:] == ["host_exited", "finished"]

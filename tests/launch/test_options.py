@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tyro
 
-from launch.options import baselines, known_options
+from launch.errors import UserError
+from launch.options import Job, baselines, check_batch, known_options
 
 SCRIPT = """
 import dataclasses
@@ -105,3 +106,33 @@ def test_every_baseline_can_be_read(name: str) -> None:
     assert names is not None
     assert {"data_dir", "num_steps", "batch_size", "mesh.fsdp"} <= names or not name.startswith("train_")
     assert {"data_dir", "seed"} <= names
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments", "message"),
+    [
+        (16, [], None),
+        (256, ["--batch_size=512"], None),
+        (256, ["--batch-size", "512", "--mesh.fsdp", "64"], None),
+        (256, ["--mesh.tensor=16"], None),  # 48 clips over 16 parts
+        (256, [], "--batch_size=48 does not split over the 256 data-parallel devices of this cluster; the"),
+        (16, ["--batch_size", "40"], "the nearest that does: 32 or 48"),
+        (16, ["--grad_accumulation_steps=2"], "× 2 accumulation steps; the nearest that does: 32 or 64"),
+        (16, ["--mesh.fsdp=3"], "mesh --mesh.data=-1 --mesh.fsdp=3 --mesh.tensor=1 does not make the 16 devices"),
+        (16, ["--mesh.data=8"], "does not make the 16 devices"),
+        (256, ["--batch_size=many"], None),  # the job has the word
+    ],
+)  # fmt: skip
+def test_a_batch_that_does_not_split_is_refused(devices: int, arguments: list[str], message: str | None) -> None:
+    name = "train_tokenizer_vqvae"
+    job = Job(name, baselines()[name])
+    if message is None:
+        check_batch(job, arguments, devices)
+        check_batch(Job("mine.py", job.script), ["--batch_size=1"], devices)
+        return
+    with pytest.raises(UserError) as refusal:
+        check_batch(job, arguments, devices)
+    assert message in str(refusal.value)
+    dynamics = Job("train_dynamics_maskgit", baselines()["train_dynamics_maskgit"])
+    with pytest.raises(UserError, match="--batch_size=36 "):  # the default of a nearer class
+        check_batch(dynamics, [], 16)

@@ -14,7 +14,8 @@ from launch.standing import Watch, read_standing
 from tests import jobs
 from tests.clusters.slurm import SlurmCluster
 from tests.jobs import REPO, TINY
-from tests.launch.checkouts import wait_until
+from tests.launch.checkouts import check_events, wait_until
+from tests.launch.reports import read_report
 from tests.launch.test_slurm import end_all_jobs
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,9 @@ grace_seconds: 30
 heartbeat_timeout: 20
 env: {JAX_PLATFORMS: cpu, JAX_NUM_CPU_DEVICES: 1, XLA_FLAGS: --xla_backend_optimization_level=0}
 """
+
+
+STEPS = ["--num_steps", "60"]  # so many that the last ones are some seconds away when the run is preempted
 
 
 class Login:
@@ -61,6 +65,8 @@ class Login:
     def end(self, run: RunDir, seconds: float = 150) -> object:
         lives = Watch(run, seconds=0.5)
         wait_until(lambda: not lives(), seconds)
+        check_events(run)
+        read_report(run)
         record = read_standing(run).record
         logs = "\n".join(path.read_text()[-1500:] for path in run.root.glob("attempts/*/*.log"))
         assert record.state == "finished", f"{record.state} {record.reason}\n{run.supervisor_log.read_text()}\n{logs}"
@@ -79,47 +85,46 @@ def login(tmp_path: Path, tiny_data: Path, slurm: SlurmCluster) -> Iterator[Logi
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], env=jobs.QUICK_COMPILE)
+    jobs.run([*TINY, *STEPS, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)])
     return run_dir
 
 
-def test_preempted_two_by_two_is_as_if_never_stopped(login: Login, uninterrupted: Path) -> None:
-    run = login.submit("--set", "nodes=2", "--set", "extra=['--exclusive']", "--", "--num_steps", "40")
-    login.at_step(run, 3)
-    login.slurm.command("sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+def test_one_run_here_and_on_slurm_grows_is_preempted_and_is_as_if_never_stopped(
+    login: Login, uninterrupted: Path
+) -> None:
+    run = login.submit("--set", "nodes=1", "--set", "processes_per_node=1", "--", *STEPS, "--stop_at_step", "5")
     login.end(run)
+    login.submit("--cluster", "local", "--set", "devices_per_process=2", "--", *STEPS, "--stop_at_step", "10")
+    login.end(run)
+    login.submit("--set", "nodes=2", "--set", "processes_per_node=2", "--", *STEPS, "--stop_at_step", "15")
+    login.end(run)
+    four = ["--set", "nodes=4", "--set", "processes_per_node=1", "--set", "extra=['--exclusive']"]
+    login.submit(*four, "--", *STEPS)
+    login.at_step(run, 16)
+    login.slurm.command("sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    record = login.end(run)
+    assert [attempt.processes for attempt in record.attempts] == [1, 1, 4, 4, 4]  # type: ignore[attr-defined]
+    assert [len(set(attempt.nodes)) for attempt in record.attempts] == [1, 0, 2, 4, 4]  # type: ignore[attr-defined]
+    assert [attempt.outcome for attempt in record.attempts][3:] == ["preempted", "finished"]  # type: ignore[attr-defined]
     assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
-    losses, expected = jobs.metrics(run.root, "loss"), jobs.metrics(uninterrupted, "loss")
-    assert losses == pytest.approx(expected, rel=1e-4)
-    (passed, again) = jobs.events(run.root, "preflight")
-    assert (passed["processes"], again["attempt"]) == (4, 2)
+    assert jobs.metrics(run.root, "loss") == pytest.approx(jobs.metrics(uninterrupted, "loss"), rel=1e-4)
+    passed = [(event["attempt"], event["processes"]) for event in jobs.events(run.root, "preflight")]
+    assert passed == [(1, 1), (3, 4), (4, 4), (5, 4)]
     assert jobs.events(run.root, "saved")
 
 
-def test_one_run_on_slurm_and_here_and_on_more_nodes(login: Login, uninterrupted: Path) -> None:
-    one = ["--set", "processes_per_node=1"]
-    run = login.submit("--set", "nodes=1", *one, "--", "--stop_at_step", "10")
-    login.end(run)
-    login.submit("--cluster", "local", "--set", "devices_per_process=2", "--", "--stop_at_step", "20")
-    login.end(run)
-    for nodes, stop in ((2, 30), (4, 40)):
-        login.submit("--set", f"nodes={nodes}", *one, "--", "--stop_at_step", str(stop))
-        record = login.end(run)
-    assert [attempt.processes for attempt in record.attempts] == [1, 1, 2, 4]  # type: ignore[attr-defined]
-    assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
-    assert jobs.metrics(run.root, "loss") == pytest.approx(jobs.metrics(uninterrupted, "loss"), rel=1e-4)
-
-
 def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
-    run = login.submit("--set", "hang_timeout=6", "--set", "heartbeat_timeout=100", "--", "--num_steps", "3000")
+    settings = ["processes_per_node=1", "hang_timeout=6", "heartbeat_timeout=100"]
+    # Without checkpoints: a process that is stopped while another one saves has ten times as long.
+    steps = ["--num_steps", "3000", "--log_checkpoint_interval", "3000"]
+    run = login.submit(*(part for key in settings for part in ("--set", key)), "--", *steps)
     login.at_step(run, 3)
-    os.kill(int(run.pid_file(1, 3).read_text()), signal.SIGSTOP)
+    os.kill(int(run.pid_file(1, 1).read_text()), signal.SIGSTOP)
     wait_until(lambda: len(jobs.events(run.root, "preflight")) == 2, 90)
     (hang,) = jobs.events(run.root, "hang")
-    assert (hang["host"], hang["node"]) == (3, "127.0.0.12")
-    assert "is stopped (SIGSTOP)" in run.stacks(1, 3).read_text()
+    assert (hang["host"], hang["node"]) == (1, "127.0.0.12")
+    assert "is stopped (SIGSTOP)" in run.stacks(1, 1).read_text()
     assert "loop.py" in run.stacks(1, 0).read_text()
-    login.command("jobs", "cancel", "r")
 
 
 def test_a_machine_without_its_devices_is_named_and_left_out(login: Login) -> None:

@@ -7,8 +7,7 @@ def beats(
     steps: list[int], now: float, doing: str = "stepping", silent: int | None = None
 ) -> dict[int, dict[str, object]]:
     return {
-        host: {"time": now - (60 if host == silent else 0), "step": step, "doing": doing}
-        for host, step in enumerate(steps)
+        host: {"time": 0 if host == silent else now, "step": step, "doing": doing} for host, step in enumerate(steps)
     }
 
 
@@ -32,6 +31,14 @@ def test_the_process_that_is_behind_or_silent_is_named() -> None:
         assert found.host == host
 
 
+def test_a_clock_that_is_wrong_makes_nobody_silent() -> None:
+    dog = Watchdog(20)
+    for second in range(0, 30, 2):
+        late = {"time": second - 60, "step": 7, "doing": "stepping"}
+        found = dog.look({**beats([7, 7], second), 2: late}, second, [])
+    assert found == Hang(None, "no progress for 28 s at step 7 (stepping); no process stands out")
+
+
 def test_what_takes_long_by_nature_has_longer() -> None:
     dog = Watchdog(20)
     dog.look(beats([3, 3], 0, "compiling"), 0, [])
@@ -43,3 +50,16 @@ def test_a_job_that_tells_nothing_is_left_alone() -> None:
     dog = Watchdog(1)
     assert dog.look({}, 0, []) is None
     assert dog.look({}, 10_000, []) is None
+
+
+def test_a_process_that_never_says_a_word_is_found_where_it_should() -> None:
+    for tells in (False, True):
+        dog = Watchdog(20, tells=tells)
+        found = [dog.look({}, second, [], [0]) for second in (0, 199, 201)]
+        assert found[:2] == [None, None]
+        assert (found[2] is not None) == tells
+    dog = Watchdog(20, tells=True)
+    for second in (0, 100, 201):
+        found_stuck = dog.look(beats([0, 0], second, "joining"), second, [], [0, 1, 2])
+    assert found_stuck is not None
+    assert found_stuck.host == 2

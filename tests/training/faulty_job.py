@@ -1,17 +1,21 @@
 """A baseline (FAULT_JOB; the tokenizer) with one fault at an exact step, from the environment: FAULT=name@step[@process].
 
 kill: SIGKILL after that step's metrics line · kill_in_save: SIGKILL once that step's checkpoint is being written ·
-raise: an exception after that step · term, usr1: that signal to this process
+raise: an exception after that step · term, usr1: that signal to this process · eio: its checkpoint, restored from, is first
+read with an input/output error
 """
 
+import errno
 import importlib
 import os
 import signal
 import sys
 
+import orbax.checkpoint as ocp
+
 from jasmine.training import cli
+from jasmine.training.attempt import Attempt
 from jasmine.training.checkpoint import Checkpointer
-from jasmine.training.loop import _Run
 from jasmine.training.runs import baseline_modules
 
 job = os.environ.get("FAULT_JOB", "train_tokenizer_vqvae")
@@ -23,7 +27,8 @@ if process and os.environ.get("JAX_PROCESS_ID") != process[0]:
     name = "none"
 
 save = Checkpointer.save
-speed = _Run._speed
+restore_state = ocp.StandardCheckpointHandler.restore
+speed = Attempt._speed
 
 
 def save_with_fault(self, step, *args):
@@ -45,8 +50,17 @@ def speed_with_fault(self, *args):  # called once for each logged step
     return speed(self, *args)
 
 
+def restore_state_with_fault(self, directory, *args, **kwargs):
+    global name
+    if name == "eio" and directory.parent.name == step:
+        name = "none"
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return restore_state(self, directory, *args, **kwargs)
+
+
 Checkpointer.save = save_with_fault
-_Run._speed = speed_with_fault
+ocp.StandardCheckpointHandler.restore = restore_state_with_fault
+Attempt._speed = speed_with_fault
 
 if __name__ == "__main__":
     sys.argv[0] = f"{job}.py"

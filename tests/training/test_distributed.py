@@ -1,7 +1,13 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jasmine.errors import UserError
 from jasmine.training.distributed import find_rendezvous
+from tests.jobs import REPO
 
 
 def test_alone_without_variables():
@@ -77,3 +83,16 @@ def test_gke_pod_is_found(monkeypatch):
 def test_numbers_that_are_none_are_named():
     with pytest.raises(UserError, match="WORLD_SIZE='two'"):
         find_rendezvous({"RANK": "0", "WORLD_SIZE": "two"})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="jax looks for GPUs here")
+def test_the_tpu_compiler_is_no_tpu():
+    program = (
+        "import jax; from jasmine.training import distributed as d; d.initialize(); print(jax.devices()[0].platform)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True
+    )
+    assert importlib.util.find_spec("libtpu") is not None
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")

@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from jasmine.training.run_files import read_lines, rewind_metrics, seconds
+from jasmine.training import objects, run_files
+from jasmine.training.run_files import JsonLines, read_lines, rewind_metrics, seconds
 from tests import jobs
 from tests.jobs import TINY
 
@@ -69,9 +71,9 @@ def test_wandb_offline_and_tensorboard_hold_the_curve(full_run):
 def test_profile_and_events(full_run):
     run_dir, _ = full_run
     assert list(run_dir.glob("profile/**/*.xplane.pb"))
-    names = [event["event"] for event in read_lines(run_dir / "events.jsonl")]
-    for name in ("started", "compiled", "first_step", "evaluated", "checkpoint", "finished"):
-        assert name in names
+    for name in ("init", "started", "compiled", "first_step", "evaluated", "checkpoint", "finished"):
+        assert jobs.events(run_dir, name)
+    assert [event["step"] for event in jobs.events(run_dir, "checkpoint_committed")] == [4, 8, 12]
     config = json.loads((run_dir / "config.json").read_text())
     assert config["job"] == "train_tokenizer_vqvae"
     assert config["config"]["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1}
@@ -87,8 +89,6 @@ def test_profile_window_that_a_stop_falls_into(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_curves_are_drawn(full_run, tmp_path):
-    from etils import epath
-
     from jasmine.evaluation.curves import draw
 
     draw(epath.Path(full_run[0]), epath.Path(tmp_path / "loss.png"))
@@ -96,8 +96,6 @@ def test_curves_are_drawn(full_run, tmp_path):
 
 
 def test_rewinding_keeps_what_it_takes_out(tmp_path):
-    from etils import epath
-
     lines = [json.dumps({"step": step, "loss": 1.0 / step}) for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
     rewind_metrics(epath.Path(tmp_path), 3)
@@ -106,6 +104,32 @@ def test_rewinding_keeps_what_it_takes_out(tmp_path):
     before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
     rewind_metrics(epath.Path(tmp_path), 3)
     assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_torn_line_spoils_no_other(tmp_path):
+    path = epath.Path(tmp_path / "events.jsonl")
+    lines = JsonLines(epath.Path(tmp_path), path.name)
+    for step, torn in ((1, b""), (2, b'{"st'), (3, b"\xff\xfe")):
+        lines.write({"step": step})
+        with open(path, "ab") as file:
+            file.write(torn)
+    lines.write({"step": 4})
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4}]
+
+
+def test_each_line_asks_whether_the_run_not_the_folder_it_goes_to_has_a_newer_attempt(tmp_path, monkeypatch):
+    asked, sent = [], []
+    monkeypatch.setattr(run_files, "leave_if_replaced", asked.append)
+    monkeypatch.setattr(objects, "append", lambda path, data, tried: sent.append((str(path), len(asked))))
+    (tmp_path / "attempts" / "1").mkdir(parents=True)
+    JsonLines(epath.Path(tmp_path), "attempts/1/host-0.steps.jsonl").write({})
+    assert asked == [epath.Path(tmp_path)]
+    runs = [epath.Path("gs://bucket/r"), epath.Path("gs://bucket/other")]
+    for run in runs:
+        JsonLines(run, "attempts/1/host-0.steps.jsonl").write({})
+    assert not objects.flush(30)
+    assert asked[1:] == runs
+    assert sent == [(f"{run}/attempts/1/host-0.steps.jsonl", 2 + place) for place, run in enumerate(runs)]
 
 
 def test_durations_for_people():

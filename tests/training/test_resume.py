@@ -25,8 +25,9 @@ def straight(tiny_data, tmp_path_factory):
     return run_dir
 
 
-def resume(tiny_data, run_dir, **options):
-    return jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], **options)
+def resume(tiny_data, run_dir, stop=0, more=(), **options):
+    stops = ["--stop_at_step", str(stop)] if stop else []
+    return jobs.run([*TINY, *stops, *more, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], **options)
 
 
 def test_killed_and_resumed_is_bit_identical(straight, tiny_data, tmp_path):
@@ -105,28 +106,86 @@ def test_unreadable_newest_checkpoint_is_set_aside(straight, tiny_data, tmp_path
     assert jobs.metrics(run_dir, "loss") == jobs.metrics(straight, "loss")
 
 
+def test_an_error_that_one_process_reads_a_checkpoint_with_once_costs_nothing(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    again = resume(tiny_data, run_dir, processes=2, script=jobs.FAULTY, env={"FAULT": "eio@40@1"})
+    assert "cannot be read now (Input/output error); trying again in 1 s" in again.output(1)
+    assert "cannot be read now (on another process); trying again in 1 s" in again.output(0)
+    assert "resumed from the checkpoint of step 40" in again.output()
+    assert not (run_dir / "unreadable_checkpoints").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_with_one_wrong_bit_is_set_aside(tiny_data, tmp_path, processes):
+    args = [
+        *TINY,
+        "--model_dim",
+        "64",
+        "--ffn_dim",
+        "256",
+        "--data_dir",
+        str(tiny_data),
+        "--ckpt_dir",
+        str(tmp_path / "run"),
+    ]
+    jobs.run([*args, "--stop_at_step", "2", "--log_checkpoint_interval", "1"])
+    # An array's: small ones lie in the index, which has checksums of its own.
+    arrays = [path for path in (tmp_path / "run" / "checkpoints" / "2" / "state").rglob("d/*") if path.is_file()]
+    largest = max(arrays, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    again = jobs.run([*args, "--stop_at_step", "3"], processes=processes)
+    assert "warning: checkpoint 2" in again.output()
+    assert "its contents are not those that were saved" in again.output()
+    assert "resumed from the checkpoint of step 1" in again.output()
+    assert (tmp_path / "run" / "unreadable_checkpoints" / "2").is_dir()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(straight, tiny_data, tmp_path):
+    run_dir = tmp_path / "run"
+    resume(tiny_data, run_dir, stop=10)
+    stuck = run_dir / "checkpoints" / "10" / "state" / "stuck"
+    stuck.mkdir()
+    mount(stuck, "4k")
+    try:
+        job = resume(tiny_data, run_dir, more=["--keep_checkpoints", "1", "--log_checkpoint_interval", "5"])
+    finally:
+        subprocess.run(["umount", str(stuck)], check=True)
+    assert "warning: after the checkpoint of step 15" in job.output()
+    assert "Device or resource busy" in job.output()
+    assert jobs.metrics(run_dir, "loss") == jobs.metrics(straight, "loss")
+    assert "resumed from the checkpoint of step 40" in resume(tiny_data, run_dir).output()
+
+
+def mount(folder, size):
+    """An empty file system on a folder, for tests that need one; a laptop may skip them."""
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        assert not os.environ.get("CI"), f"CI must run this test: {done.stderr}"
+        pytest.skip(f"this needs the right to mount a file system: {done.stderr.strip()}")
+
+
 @pytest.fixture
 def small_disk(straight, tmp_path):
     """A file system with room for one checkpoint of the tiny model, not for two."""
     checkpoint = straight / "checkpoints" / "40"
     blocks = sum(path.stat().st_blocks for path in checkpoint.rglob("*"))  # of 512 bytes
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={3 * blocks // 4}k", "tmpfs", str(mount)], capture_output=True, text=True
-    )
-    if done.returncode:
-        assert not os.environ.get("CI"), f"CI must run this test: {done.stderr}"
-        pytest.skip(f"a small file system needs the right to mount one: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, f"{3 * blocks // 4}k")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("stop", ["several_saves_fail", "last_save_fails"])
 def test_full_disk_keeps_the_last_good_checkpoint(straight, tiny_data, small_disk, tmp_path, stop):
     run_dir = small_disk / "run"
     options = ["--stop_at_step", "20"] if stop == "last_save_fails" else []
-    full = jobs.run([*TINY, *options, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], expect=2)
+    full = jobs.run([*TINY, *options, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)], expect=1)
     (error,) = [line for line in full.output().splitlines() if line.startswith("error:")]
     assert "No space left on device" in error
     # While a save fills the disk, the line of metrics may be what fails first.
@@ -137,6 +196,20 @@ def test_full_disk_keeps_the_last_good_checkpoint(straight, tiny_data, small_dis
     shutil.copytree(run_dir, elsewhere)
     resume(tiny_data, elsewhere)
     assert jobs.metrics(elsewhere, "loss") == jobs.metrics(straight, "loss")
+
+
+def test_a_disk_that_is_full_from_the_start_is_nobodys_mistake(tiny_data, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, "64k")
+    try:
+        (disk / "rest").write_bytes(bytes(64 * 1024))
+        job = jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(disk / "run")], expect=1)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    (error,) = [line for line in job.output().splitlines() if line.startswith("error:")]
+    assert error.endswith("No space left on device")
+    assert "Traceback" not in job.output()
 
 
 @pytest.mark.parametrize("fault", ["term@15@1", "usr1@15@0"])

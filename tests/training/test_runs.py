@@ -10,7 +10,7 @@ import pytest
 from jasmine.errors import UserError
 from jasmine.training.runs import find_run, load_run
 from tests import jobs
-from tests.jobs import BASELINES, FAMILY, QUICK_COMPILE
+from tests.jobs import BASELINES, FAMILY
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_the_fingerprint_is_that_of_the_weights(family, tmp_path):
 
 def test_the_moving_average_is_what_is_opened(family, tmp_path):
     args = family.args("mae", tmp_path / "run", "--ema_decay", "0.5", "--stop_at_step", "2")
-    jobs.run(args, script=BASELINES["train_tokenizer_mae"], env=QUICK_COMPILE)
+    jobs.run(args, script=BASELINES["train_tokenizer_mae"])
     plain = load_run(str(family["mae"]), option="RUN")
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     shutil.copytree(family["mae"], tmp_path / "copy")

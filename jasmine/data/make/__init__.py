@@ -1,7 +1,7 @@
 """Makes datasets: `python -m jasmine.data.make KIND --output_dir D …`; `--help` lists the kinds and their options.
 
 A kind turns a game, a folder of videos or a folder of images into `D/{train,val,test}/`, each an episode split as
-`jasmine.data.episodes` writes them, and `D/make.json`, which says from what the dataset was made.
+`jasmine.data.writer` writes them, and `D/make.json`, which says from what the dataset was made.
 
 Invariants:
 - an episode is a pure function of (options, seed, split, episode number), so a dataset that was interrupted and is

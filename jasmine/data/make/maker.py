@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jasmine.data.episodes import INDEX_NAME, LOSSY, EpisodeWriter, read_index
+from jasmine.data.index import INDEX_NAME, LOSSY, read_index
 from jasmine.data.make.source import SPLITS, CommonOptions, Episode, Skipped, Source
+from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
 
 RECIPE_NAME = "make.json"

@@ -21,11 +21,15 @@ import tyro
 from av.video.reformatter import Interpolation
 from PIL import Image
 
+from jasmine.data.images import IMAGE_ERRORS, open_image
 from jasmine.data.make.source import SPLITS, CommonOptions, Episode, Skipped, Source
 from jasmine.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What files of these names may be inside: some of FFmpeg's formats are lists of other files, or of addresses, to be read in
+# the place of this one, and recordings come from strangers.
+VIDEO_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,asf,gif"
 # How much earlier than its container says a video may end: durations are rounded, and audio may outlast the pictures.
 MISSING_END_SECONDS = 1.0
 MISSING_END_SHARE = 0.1
@@ -149,7 +153,7 @@ def deal(names: list[str], ratios: tuple[float, float, float], seed: int) -> dic
 def decode(path: str, fps: float, height: int, width: int) -> np.ndarray:
     """A video file's frames at `fps`, resized: uint8 (T, height, width, 3). UserError if it is not a whole video."""
     try:
-        with av.open(path) as container:
+        with av.open(path, options={"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: no pictures in this file")
             frames = list(_shown(container, fps, height, width))
@@ -248,9 +252,9 @@ def _long_enough(frames: np.ndarray, options: _Recordings, path: str) -> Episode
 
 def _image(path: str, height: int, width: int) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             pixels = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except IMAGE_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole image ({reason}); repair it or give --skip_bad") from None
     if pixels.size != (width, height):
@@ -265,9 +269,9 @@ def _height_that_keeps_shape(path: str, width: int) -> int:
 
 def _image_shape(path: str) -> tuple[int, int, int]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.height, image.width, 3
-    except (OSError, SyntaxError, ValueError) as error:
+    except IMAGE_ERRORS as error:
         raise UserError(f"{path}: not an image ({error}); repair or remove it, or give --target_height") from None
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from jasmine.data.episodes import Encoding
+from jasmine.data.index import Encoding
 from jasmine.errors import UserError
 
 SPLITS = ("train", "val", "test")
