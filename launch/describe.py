@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.logs import last_words
 from launch.objects import in_parallel
+from launch.outcome import nodes_to_exclude
 from launch.plan import Plan
 from launch.record import Attempt, RunRecord
 from launch.run_dir import RunDir, last_json_lines
@@ -129,8 +130,9 @@ def blamed(record: RunRecord) -> str:
     counts = {node: sum(blame.node == node for blame in record.blames) for node in nodes}
     told = [f"{node} ({counts[node]}×, last: {blame.reason})" for node, blame in nodes.items()]
     settings = record.submissions[-1].plan.settings if record.submissions else {}
-    hours = settings.get("exclude_hours")
-    note = f"; one that failed twice is left out of the next attempt, for {hours:g} h" if hours else ""
+    hours = number(settings.get("exclude_hours"), finite=True) or 0.0
+    excluded = nodes_to_exclude(record.blames, time.time(), hours)
+    note = f"; left out of the next attempts, for {hours:g} h: {', '.join(excluded)}" if excluded else ""
     return f" Attempts failed at {', '.join(told)}{note}." if told else ""
 
 

@@ -310,7 +310,7 @@ def explain(options: argparse.Namespace) -> int:
     elif record.state == "cancelled" and not record.attempts:
         text = f"It was cancelled before it had started{reason}. {go_on}"
     elif record.state == "finished":
-        text = "It has finished: every process exited 0."
+        text = f"It has finished: every process exited 0.{blamed(record)}"
     elif record.state == "lost":
         words = last_words(run.supervisor_log)
         said = f"; the last line it wrote is: {words}" if words else ""

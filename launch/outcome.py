@@ -6,16 +6,18 @@
   repeat the failure: exit code 2 without any progress is the user's mistake, and by 65 the job says so itself, as of a
   loss that is not finite.
 
-A request to cancel, or to leave this machine, ends the run however the attempt went.
+A request to cancel, or to leave this machine, ends the run however the attempt went. A machine that was tested and found
+wrong, or at which two attempts failed, is left out of the next ones for a time, where the scheduler can be told so.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.record import Attempt, HostExit, State
+from launch.record import Attempt, Blame, HostExit, State
 from launch.worker import EXIT_SAVED
 
 EXIT_WOULD_REPEAT = 65
+BLAMES_TO_EXCLUDE = 2
 
 Ask = Literal["cancel", "signal"]
 
@@ -84,3 +86,11 @@ def ending(
         assert attempt.outcome is not None
         return Ending(attempt.outcome, code, f"its restarts are used up ({key}: {limit})")
     return None
+
+
+def nodes_to_exclude(blames: list[Blame], now: float, hours: float) -> list[str]:
+    """Return the nodes that were blamed for certain, or twice, in the last `hours`; `now` is in Unix seconds."""
+    recent = [blame for blame in blames if blame.time > now - 3600 * hours]
+    names = [blame.node for blame in recent]
+    certain = {blame.node for blame in recent if blame.certain}
+    return sorted(certain | {node for node in names if names.count(node) >= BLAMES_TO_EXCLUDE})

@@ -7,7 +7,7 @@
         attempts/<k>/host-<i>.exit.json, host-<i>.pid
         attempts/<k>/host-<i>.beat.json, host-<i>.stacks    written by the job: how far it is, where it hangs
         attempts/<k>/host-<i>.steps.jsonl                   likewise: what its steps were like, a line for some of them
-        attempts/<k>/blame.json      written by the job: the process at which its preflight failed
+        attempts/<k>/blame.json      written by the job: what its preflight failed for, and where
         attempts/<k>/ask-<what>      present: every worker of the attempt is asked to do that (`ASKS`)
         events.jsonl                 one JSON object a line, appended by launcher and job (`launch.events`)
         supervisor.log, watcher.log  the launcher's own output
@@ -121,7 +121,7 @@ class RunDir:
         return read_json(self.attempt(attempt) / f"host-{host}.beat.json")
 
     def blame(self, attempt: int) -> dict[str, Any] | None:
-        """The `host`, its `node` and the `reason` for which an attempt's preflight failed."""
+        """The `reason` for which an attempt's preflight failed, and the `host` and `node` at fault, None where all were."""
         return read_json(self.attempt(attempt) / "blame.json")
 
     @property

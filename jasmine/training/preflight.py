@@ -6,8 +6,8 @@ is different is named before a collective could hang on it. It also says how lon
 one that is slow is no reason to give up, but is named by whoever looks at the run (`launch.stragglers`). An all-reduce over
 all devices has to give the right number, and its bandwidth goes into each process's log. Before the reports and from them on
 there are as many seconds as the variable says. Each process leaves word of how far it is, so one that holds up the others is
-named as well. The process at fault is left in `attempts/<k>/blame.json` for the launcher, which keeps the next attempt away
-from its machine; for a problem that all of several have, such as storage that is away, nobody is.
+named as well. What is wrong is left in `attempts/<k>/blame.json` for the launcher, with the process at fault, whose machine
+the next attempt is kept away from; for a problem that all of several have, such as storage that is away, nobody is.
 """
 
 import contextlib
@@ -183,34 +183,32 @@ def _worst(reports: list[dict[str, Any]]) -> tuple[int | None, str] | None:
 
 def _fail(run_dir: epath.Path, process: int | None, problem: str, nodes: list[str] | None) -> NoReturn:
     """Leave word of a problem, and of the process at fault if it is that of one, and end."""
-    if process is None:
-        if distributed.place()[0] == 0:
-            _log_failure(run_dir, reason=f"each process {problem}")
-        raise ClusterError(f"preflight failed: each process {problem}")
-    node = nodes[process] if nodes is not None else None
+    node = nodes[process] if process is not None and nodes is not None else None
     _note_blame(run_dir, process, node, problem)
-    raise ClusterError(f"preflight failed: process {process}{f' on {node}' if node else ''} {problem}")
+    who = "each process" if process is None else f"process {process}{f' on {node}' if node else ''}"
+    raise ClusterError(f"preflight failed: {who} {problem}")
 
 
-def _note_blame(run_dir: epath.Path, process: int, node: str | None, problem: str) -> None:
-    """Leave word of who is at fault: process 0 does, and the one at fault, or process 1 where that is process 0.
+def _note_blame(run_dir: epath.Path, process: int | None, node: str | None, problem: str) -> None:
+    """Leave word of what is wrong: process 0 does, and the one at fault, or process 1 where that is process 0 or nobody.
 
     Whoever is first also writes the event: when process 0 leaves, jax ends the others, who may not come to it any more.
     """
     me, count = distributed.place()
-    witness = 0 if process or count == 1 else 1
-    if me not in (process, witness):
+    if me not in ((0, process) if process else (0, 1)):
         return
-    first = me == witness
+    reason = problem if process is not None else f"each process {problem}"
+    first = me == (1 if process == 0 and count > 1 else 0)
     if "JASMINE_ATTEMPT" in os.environ:
         with contextlib.suppress(Exception):  # storage may be what is wrong, and must not hide what was found
             directory = run_dir / "attempts" / str(run_files.attempt())
             first = not (directory / "blame.json").exists()
             if directory.exists() and first:
-                blame = {"host": process, "node": node, "reason": f"preflight: {problem}"}
+                blame = {"host": process, "node": node, "reason": f"preflight: {reason}"}
                 run_files.write_atomically(directory / "blame.json", json.dumps(blame).encode())
     if first:
-        _log_failure(run_dir, blamed=process, node=node, reason=problem)
+        at_fault = {} if process is None else {"blamed": process, "node": node}
+        _log_failure(run_dir, **at_fault, reason=reason)
 
 
 def _log_failure(run_dir: epath.Path, **fields: Any) -> None:

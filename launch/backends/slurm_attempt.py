@@ -36,7 +36,7 @@ from launch.backends.slurm import NoAnswerError
 from launch.config import ENVIRONMENT, SlurmCluster
 from launch.errors import UserError
 from launch.objects import be_patient
-from launch.outcome import Ask, exit_code, kind, outcome
+from launch.outcome import Ask, exit_code, kind, nodes_to_exclude, outcome
 from launch.outcome import ending as ending_after
 from launch.plan import Plan, identity, scrubbed
 from launch.record import Attempt, Blame, HostExit, RunRecord, State, Supervisor, read_record, write_record
@@ -51,7 +51,6 @@ LOCK_SECONDS = 30.0
 PATIENCE_SECONDS = 30.0
 # For as long as the controller is away, for example restarted, a requeue is asked for again and again.
 REQUEUE_SECONDS = 3600.0
-BLAMES_TO_EXCLUDE = 2
 # How often the beats are looked at, and how long stacks are waited for.
 LOOK_SECONDS = 2.0
 STACKS_SECONDS = 4.0
@@ -470,14 +469,6 @@ class _Supervisor:
         self.run.append_event(event, attempt=number, state=state, code=code, reason=reason)
         self._write(state)
         return code
-
-
-def nodes_to_exclude(blames: list[Blame], now: float, hours: float) -> list[str]:
-    """Return the nodes that were blamed for certain, or twice, in the last `hours`; `now` is in Unix seconds."""
-    recent = [blame for blame in blames if blame.time > now - 3600 * hours]
-    names = [blame.node for blame in recent]
-    certain = {blame.node for blame in recent if blame.certain}
-    return sorted(certain | {node for node in names if names.count(node) >= BLAMES_TO_EXCLUDE})
 
 
 def _first_complaint(log: Path) -> tuple[str, int] | None:

@@ -1,6 +1,6 @@
 """Which nodes a run stays away from, and for how long."""
 
-from launch.backends.slurm_attempt import nodes_to_exclude
+from launch.outcome import nodes_to_exclude
 from launch.record import Blame
 
 HOUR = 3600.0

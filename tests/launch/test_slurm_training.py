@@ -1,5 +1,6 @@
 """Real training on a real Slurm cluster: several jax processes on several nodes, stopped and moved in every way."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.record import RunRecord
 from launch.run_dir import RunDir
 from launch.standing import Watch, read_standing
 from tests import jobs
@@ -62,7 +64,7 @@ class Login:
     def at_step(self, run: RunDir, step: int) -> None:
         wait_until(lambda: run.metrics.exists() and f'"step": {step},' in run.metrics.read_text(), 90)
 
-    def end(self, run: RunDir, seconds: float = 150) -> object:
+    def end(self, run: RunDir, seconds: float = 150) -> RunRecord:
         lives = Watch(run, seconds=0.5)
         wait_until(lambda: not lives(), seconds)
         check_events(run)
@@ -103,9 +105,9 @@ def test_one_run_here_and_on_slurm_grows_is_preempted_and_is_as_if_never_stopped
     login.at_step(run, 16)
     login.slurm.command("sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     record = login.end(run)
-    assert [attempt.processes for attempt in record.attempts] == [1, 1, 4, 4, 4]  # type: ignore[attr-defined]
-    assert [len(set(attempt.nodes)) for attempt in record.attempts] == [1, 0, 2, 4, 4]  # type: ignore[attr-defined]
-    assert [attempt.outcome for attempt in record.attempts][3:] == ["preempted", "finished"]  # type: ignore[attr-defined]
+    assert [attempt.processes for attempt in record.attempts] == [1, 1, 4, 4, 4]
+    assert [len(set(attempt.nodes)) for attempt in record.attempts] == [1, 0, 2, 4, 4]
+    assert [attempt.outcome for attempt in record.attempts][3:] == ["preempted", "finished"]
     assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
     assert jobs.metrics(run.root, "loss") == pytest.approx(jobs.metrics(uninterrupted, "loss"), rel=1e-4)
     passed = [(event["attempt"], event["processes"]) for event in jobs.events(run.root, "preflight")]
@@ -128,12 +130,31 @@ def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
 
 
 def test_a_machine_without_its_devices_is_named_and_left_out(login: Login) -> None:
+    python = login.home / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" != 127.0.0.12 ] || export JASMINE_LOCAL_DEVICES=2\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    run = login.submit("--set", f"python={json.dumps(str(python))}", "--", "--num_steps", "5")
+    record = login.end(run)
+    first, second = record.attempts
+    assert first.cause == "preflight: sees 1 cpu device(s) instead of 2"
+    assert [(blame.node, blame.certain) for blame in record.blames] == [("127.0.0.12", True)]
+    assert "127.0.0.12" in first.nodes
+    assert "127.0.0.12" not in second.nodes
+    assert "left out of the next attempts, for 24 h: 127.0.0.12" in login.command("jobs", "explain", "r")
+    (left_out,) = jobs.events(run.root, "excluded")
+    assert left_out["nodes"] == ["127.0.0.12"]
+
+
+def test_what_is_wrong_everywhere_is_no_machines_fault(login: Login) -> None:
     wrong = "--set", "env.JASMINE_LOCAL_DEVICES=2"
     run = login.submit(*wrong, "--set", "max_failures=0", "--", "--num_steps", "5")
     lives = Watch(run, seconds=0.5)
     wait_until(lambda: not lives(), 90)
     record = read_standing(run).record
     assert record.state == "failed"
-    assert record.attempts[0].cause == "preflight: sees 1 cpu device(s) instead of 2"
-    assert [(blame.node, blame.certain) for blame in record.blames] == [("127.0.0.11", True)]
+    assert record.attempts[0].cause == "preflight: each process sees 1 cpu device(s) instead of 2"
+    assert record.blames == []
+    assert "each process sees 1 cpu device(s) instead of 2" in login.command("jobs", "explain", "r")
     assert not run.metrics.exists()

@@ -33,9 +33,12 @@ def test_a_problem_that_all_have_is_nobodys_fault(tmp_path: Path, monkeypatch: p
     assert found is not None
     with pytest.raises(ClusterError, match="each process cannot write to gs://b/r"):
         preflight._fail(epath.Path(tmp_path), *found, ["node-0", "node-1"])
-    assert not blame.exists()
+    noted = json.loads(blame.read_text())
+    assert (noted["host"], noted["node"]) == (None, None)
+    assert noted["reason"] == "preflight: each process cannot write to gs://b/r: it does not answer"
     (told,) = jobs.events(tmp_path, "preflight_failed")
     assert "blamed" not in told
+    blame.unlink()
 
     found = preflight._worst([well, away])
     assert found is not None
