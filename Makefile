@@ -37,11 +37,13 @@ test: setup
 	@$(BIN)/python -m pytest -n $(JOB_WORKERS) --dist loadgroup --jobs only $(ARGS) || [ $$? -eq 5 ]
 
 # About an hour for each of four campaigns; FAULTS=10 SEED=3 makes shorter and other ones. One that fails keeps its folder.
+# WRITE=docs/reliability.md publishes their tables.
 FAULTS ?= 100
 SEED ?= 1
+WRITE ?=
 chaos: setup
 	@code=0; for where in local "local --bucket" slurm "cloud_tpu --bucket"; do \
-	    $(BIN)/python -m tests.chaos --backend $$where --faults $(FAULTS) --seed $(SEED) --write docs/reliability.md || code=1; \
+	    $(BIN)/python -m tests.chaos --backend $$where --faults $(FAULTS) --seed $(SEED) $(if $(WRITE),--write $(WRITE)) || code=1; \
 	done; exit $$code
 
 lint: setup

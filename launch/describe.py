@@ -13,7 +13,7 @@ from launch.outcome import nodes_to_exclude
 from launch.plan import Plan
 from launch.record import Attempt, RunRecord
 from launch.run_dir import RunDir, last_json_lines
-from launch.stragglers import findings, recent_paces
+from launch.stragglers import findings, recent_paces, slow_devices
 from launch.text import printable
 
 
@@ -60,7 +60,8 @@ def number(value: Any, *, finite: bool = False) -> float | None:
 
 
 def host_lines(run: RunDir, record: RunRecord) -> list[str]:
-    """Return a line for each host that holds up a running job, or waits for its data; nothing where all is well."""
+    """Return a line for each host that holds up a running job, has a slow device, or waits for its data; nothing where all is
+    well."""
     if record.state != "running" or not record.attempts:
         return []
     attempt = record.attempts[-1]
@@ -68,7 +69,8 @@ def host_lines(run: RunDir, record: RunRecord) -> list[str]:
     found = in_parallel(lambda host: run.beat(attempt.number, host), hosts, of=run.root)
     beats = {host: beat for host, beat in zip(hosts, found, strict=True) if beat is not None}
     paces = recent_paces(beats, attempt.nodes)
-    return findings(paces) if 2 * len(paces) > attempt.processes else []  # of a few, nobody can stand out
+    late = findings(paces) if 2 * len(paces) > attempt.processes else []  # of a few, nobody can stand out
+    return [*late, *(slow_devices(run.events(), attempt) if attempt.processes > 1 else [])]
 
 
 def number_of_steps(plan: Plan) -> int | None:

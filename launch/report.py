@@ -133,7 +133,11 @@ def gather(run: RunDir, standing: Standing) -> Report:
         starved={number: _waits_longer(found) for number, found in paces.items()},
     )
     shown = next((number for number in reversed(numbers) if paces.get(number)), 0)
-    said = [f"attempt {one.number}: {line}" for one in detailed for line in _findings(one, paces[one.number], events)]
+    said = [
+        f"attempt {one.number}: {line}"
+        for one in detailed
+        for line in [*findings(paces[one.number]), *slow_devices(events, one)]
+    ]
     pictures, left_out = _pictures(run)
     submitted = next((e["time"] for e in events if e.get("event") == "submitted" and is_number(e.get("time"))), None)
     started = record.attempts[0].started if record.attempts else None
@@ -328,13 +332,6 @@ def _faults(events: Sequence[Mapping[str, Any]], record: RunRecord, *, live: boo
         if attempt.outcome is None and not (live and attempt is record.attempts[-1]):
             found.append(Fault(attempt.ended or attempt.started, attempt.number, "lost: nobody saw it end"))
     return sorted(found, key=lambda fault: fault.time)
-
-
-def _findings(attempt: Attempt, paces: Sequence[Pace], events: Sequence[Mapping[str, Any]]) -> list[str]:
-    passed = next((e for e in events if e.get("event") == "preflight" and e.get("attempt") == attempt.number), {})
-    compute = passed.get("compute_seconds")
-    times = [float(one) for one in compute if is_number(one)] if isinstance(compute, list) else []
-    return [*findings(paces), *slow_devices(times, attempt.nodes)]
 
 
 def _waits_longer(paces: Sequence[Pace]) -> float:

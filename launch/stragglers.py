@@ -147,14 +147,15 @@ def findings(paces: Sequence[Pace]) -> list[str]:
     return lines
 
 
-def slow_devices(compute_seconds: Sequence[float], nodes: Sequence[str]) -> list[str]:
-    """Return a line for each process whose device took longer than most for the same arithmetic in the preflight."""
-    if len(compute_seconds) < 2:
-        return []
-    usual = statistics.median(compute_seconds)
+def slow_devices(events: Sequence[Mapping[str, Any]], attempt: Attempt) -> list[str]:
+    """Return a line for each process whose device took longer than most for the same arithmetic in an attempt's preflight."""
+    passed = next((e for e in events if e.get("event") == "preflight" and e.get("attempt") == attempt.number), {})
+    compute = passed.get("compute_seconds")
+    times = [float(one) if is_number(one) else 0.0 for one in compute] if isinstance(compute, list) else []
+    usual = statistics.median(times) if len(times) > 1 else 0.0
     return [
-        f"{_name(host, _node(nodes, host))} computes {seconds / usual:.1f} times slower than most"
-        for host, seconds in enumerate(compute_seconds)
+        f"{_name(host, _node(attempt.nodes, host))} computes {seconds / usual:.1f} times slower than most"
+        for host, seconds in enumerate(times)
         if usual > 0 and seconds >= SLOW_DEVICE * usual
     ]
 

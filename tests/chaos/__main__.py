@@ -58,6 +58,8 @@ def main() -> int:
     where = {"bucket": options.bucket, "step_seconds": options.step_seconds, "cache": cache}
     with running_backend(options.backend, root, **where) as backend:
         environment(backend.env)
+        if impossible := [name for name in only if not FAULTS[name].possible(backend)]:
+            parser.error(f"--only {impossible[0]}: cannot be done here: {FAULTS[impossible[0]].what}")
         campaign = Campaign(backend, options.seed, only=only, stay=stay)
         result = _result(campaign, backend, options, begun, cache)
         (root / "result.json").write_text(json.dumps(result, indent=1))

@@ -10,6 +10,7 @@ from etils import epath
 
 from jasmine.errors import UserError
 from jasmine.inspect import open_checkpoint
+from launch.events import problem
 from launch.record import read_record
 from launch.run_dir import read_json_lines
 from tests import jobs
@@ -78,20 +79,28 @@ def readable(campaign: Campaign) -> list[str]:
     if record is None or record.state != "finished":
         problems.append(f"run.json: {record and record.state}")
     torn = sum(one.name in ("tear_events", "disk_full") for one in campaign.injected)
-    text = (campaign.run.root / "events.jsonl").read_text()
-    bad = [line for line in text.splitlines() if not _is_json(line)]
+    lines = (campaign.run.root / "events.jsonl").read_text().splitlines()
+    bad = [line for line in lines if not _is_json(line)]
     if len(bad) > torn:
         problems.append(f"events.jsonl: {len(bad)} lines cannot be read, {torn} were torn: {bad[:3]}")
     glued = [line for line in bad if line.count('{"time"') > 1]
     if glued:
         problems.append(f"events.jsonl: events were lost behind a torn line: {glued[:2]}")
+    events = [json.loads(line) for line in lines if _is_json(line)]
+    wrong = [(found, event) for event in events if (found := problem(event)) is not None]
+    if wrong:
+        problems.append(f"events.jsonl: {len(wrong)} events are not as the schema says: {wrong[:3]}")
+    begun = [event["attempt"] for event in events if event.get("event") == "attempt_started"]
+    if doubled := sorted({attempt for attempt in begun if begun.count(attempt) > 1}):
+        problems.append(f"events.jsonl: attempts that began twice: {doubled}")
     for step in campaign.checkpoints():
         try:
             open_checkpoint(epath.Path(str(campaign.run.root)), step).read()
         except UserError as error:
             problems.append(str(error))
-    for words in (["list"], ["status"], ["explain"], ["logs"]):
-        arguments = words if words == ["list"] else [*words, campaign.backend.run_name]
+    page = ["--out", str(campaign.backend.root / "report.html")]
+    for words in (["list"], ["status"], ["explain"], ["logs"], ["report", *page]):
+        arguments = words if words == ["list"] else [words[0], campaign.backend.run_name, *words[1:]]
         done = campaign.backend.command("jobs", *arguments)
         if done.returncode or "Traceback" in done.stderr:
             problems.append(f"jobs.py {words[0]}: code {done.returncode}: {done.stderr[-500:]}")

@@ -251,6 +251,11 @@ def kill_vm(chaos: "Campaign") -> None:
     chaos.backend.tpu.kill_vm(name, worker)
 
 
+@_fault("kill -9 of a VM's agent, which gives the TPU back", possible=_is("cloud_tpu"))
+def kill_agent(chaos: "Campaign") -> None:
+    chaos.random.choice(chaos.wait_for_processes("agent")).send(signal.SIGKILL)
+
+
 @_fault("the Cloud TPU API answers 503 for a while", possible=_is("cloud_tpu"), unnoticed=True)
 def tpu_api_503(chaos: "Campaign") -> None:
     assert chaos.backend.tpu is not None

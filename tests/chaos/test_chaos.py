@@ -26,7 +26,7 @@ CAMPAIGNS = {
     ),
     "cloud_tpu --bucket": (
         ["--stay", "5"],
-        ["preempt_tpu", "preempt_tpu_at_once", "reboot_vm", "kill_vm", "tpu_api_503", "kill_watcher"],
+        ["preempt_tpu", "preempt_tpu_at_once", "reboot_vm", "kill_vm", "kill_agent", "tpu_api_503", "kill_watcher"],
     ),
     "local on other shapes": (
         ["--stay", "0"],

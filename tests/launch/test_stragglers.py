@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.run_dir import RunDir
+from launch.describe import host_lines
+from launch.record import Attempt, RunRecord
+from launch.run_dir import RunDir, append
 from launch.standing import Watch
 from launch.stragglers import Pace, findings, recent_paces, slow_devices
 from tests.jobs import REPO, TINY
@@ -83,12 +86,30 @@ def test_beats_of_those_that_are_gone_or_do_not_step_yet_do_not_count() -> None:
     assert (found.name, found.steps, found.seconds, found.data) == ("host 0 (a)", 10, 25.0, 20.0)
 
 
+def preflight(*compute_seconds: Any) -> list[dict[str, Any]]:
+    return [
+        {"event": "preflight", "attempt": 1, "compute_seconds": [1.0, 9.0]},
+        {"event": "preflight", "attempt": 2, "compute_seconds": list(compute_seconds)},
+    ]
+
+
 def test_a_device_that_is_slow_is_named_by_the_preflight() -> None:
-    assert slow_devices([0.010, 0.011, 0.016, 0.010], ["a", "b", "c"]) == [
+    attempt = Attempt(number=2, processes=4, devices_per_process=1, code="c", nodes=["a", "b", "c"], started=0.0)
+    assert slow_devices(preflight(0.010, 0.011, 0.016, 0.010), attempt) == [
         "host 2 (c) computes 1.5 times slower than most"
     ]
-    assert slow_devices([0.010, 0.011], []) == []
-    assert slow_devices([0.5], []) == []
+    for nothing in (preflight(0.010, 0.011), preflight(0.5), preflight(), preflight("x", None), []):
+        assert slow_devices(nothing, attempt) == []
+
+
+def test_status_names_a_slow_device_while_the_run_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.root.mkdir()
+    attempt = Attempt(number=2, processes=3, devices_per_process=1, code="c", nodes=["a", "b", "c"], started=0.0)
+    record = RunRecord(name="r", job="j", state="running", changed=0.0, attempts=[attempt])
+    assert host_lines(run, record) == []
+    append(run.root / "events.jsonl", "".join(json.dumps(event) + "\n" for event in preflight(0.1, 0.3, 0.1)))
+    assert host_lines(run, record) == ["host 1 (b) computes 3.0 times slower than most"]
 
 
 STARVED = """
