@@ -24,8 +24,9 @@ from typing import Any
 from launch.backends import Sighting
 from launch.config import ENVIRONMENT, SlurmCluster
 from launch.errors import UserError
+from launch.outcome import nodes_to_exclude
 from launch.plan import Plan, scrubbed
-from launch.record import RunRecord, State
+from launch.record import RunRecord, State, read_record
 from launch.run_dir import RunDir, write_atomically
 from launch.text import unfit
 
@@ -192,9 +193,16 @@ def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
         "mem": settings.memory,
         "time": settings.time_limit,  # None leaves it to the partition, where submitit would say five minutes
         "constraint": settings.constraint,
-        "exclude": settings.exclude,
+        "exclude": _excluded(plan, settings),
     }
     return {**chosen, "stderr_to_stdout": True, "additional_parameters": more}
+
+
+def _excluded(plan: Plan, settings: SlurmCluster) -> str | None:
+    """Return the nodes to stay away from: those of the settings, and those at which earlier attempts of the run failed."""
+    record = read_record(RunDir(Path(plan.run_dir)))
+    blamed = nodes_to_exclude(record.blames, time.time(), settings.exclude_hours) if record is not None else []
+    return ",".join([*filter(None, [settings.exclude]), *blamed]) or None
 
 
 def _settings(plan: Plan) -> SlurmCluster:

@@ -86,6 +86,9 @@ def main() -> int:
     if plan.settings["backend"] != "slurm" or not _is_newest_submission(run):
         print(f"{run.name}: submitted again since; this job has nothing to do", flush=True)
         return 0
+    if record.state == "finished":
+        print(f"{run.name}: has finished; this job has nothing to do", flush=True)
+        return 0
     try:
         return _Supervisor(plan, run, record, interactive=options.interactive).run_attempt()
     finally:
@@ -102,9 +105,14 @@ def _is_newest_submission(run: RunDir) -> bool:
     deadline = time.monotonic() + LOCK_SECONDS
     while not run.slurm_job.exists() and time.monotonic() < deadline:
         time.sleep(0.1)  # without locks this job can start before the command that submitted it has noted its id
+    return run.slurm_job.exists() and run.slurm_job.read_text().strip() == _own_id()
+
+
+def _own_id() -> str:
+    """Return what this job is called. The last element of an array to start has the id of the whole array for its own: by
+    that alone, all elements would be put back into the queue."""
     array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    mine = f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
-    return run.slurm_job.exists() and run.slurm_job.read_text().strip() == mine
+    return f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
 
 
 def _lock(run: RunDir) -> int:
@@ -126,12 +134,13 @@ class _Supervisor:
     def __init__(self, plan: Plan, run: RunDir, record: RunRecord, *, interactive: bool) -> None:
         self.plan, self.run, self.record, self.interactive = plan, run, record, interactive
         self.settings = SlurmCluster.model_validate(plan.settings)
-        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.job_id = _own_id()
         self.node = os.environ.get("SLURMD_NODENAME", "")
         self.hosts = [host.index for host in plan.hosts]
         self.asked: Ask | None = None
         self.terminated = False  # Slurm is ending this job, for a reason that only it knows
         self.number: int | None = None  # of the attempt, once it has begun
+        self.silent: set[int] = set()  # processes of it whose workers did not say how they ended
         self.ends_at = self._end_time()
 
     def run_attempt(self) -> int:
@@ -168,6 +177,9 @@ class _Supervisor:
         self._see_to_the_end(attempt, self._start(attempt, nodes, secrets))
         attempt.ended = time.time()
         attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
+        silent = {attempt.nodes[host] for host in self.silent}
+        if attempt.outcome == "failed" and (lost := self._blame_lost_nodes(attempt, silent)):
+            attempt.outcome, attempt.cause = "preempted", lost  # no failure of the job: it does not count as one
         if attempt.outcome == "preempted":
             attempt.cause = attempt.cause or self._why_warned()
             self.run.append_event("preempted", attempt=number, cause=attempt.cause)
@@ -183,7 +195,7 @@ class _Supervisor:
         write_atomically(directory / "identities.json", json.dumps(identities))
         per_node = self.settings.processes_on_a_node
         command = [
-            "srun", f"--jobid={self.job_id}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * per_node}",
+            "srun", f"--jobid={os.environ['SLURM_JOB_ID']}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * per_node}",
             f"--ntasks-per-node={per_node}", "--distribution=block", "--export=ALL", "--kill-on-bad-exit=1",
             "--unbuffered", "--mpi=none",
         ]  # fmt: skip
@@ -284,8 +296,7 @@ class _Supervisor:
         self.run.append_event("hang", attempt=attempt.number, host=hang.host, node=node, reason=hang.reason)
         self.run.append_event("failed", attempt=attempt.number, host=hang.host, node=node, cause=attempt.cause)
         if node is not None:
-            self.record.blames.append(Blame(node=node, reason=hang.reason, time=time.time()))
-            self.run.append_event("blamed", attempt=attempt.number, node=node, reason=hang.reason)
+            self._put_down_to(node, hang.reason)
         self.run.ask_file(attempt.number, "stacks").touch()
         time.sleep(STACKS_SECONDS)
         self.run.ask_file(attempt.number, "kill").touch()
@@ -298,6 +309,9 @@ class _Supervisor:
         sake of another one."""
         if not missing:
             return
+        self.silent = set(missing)
+        if self._died_of_others(attempt):
+            attempt.first_failed = None
         first = attempt.first_failed
         if first is None and not self.terminated:
             complaint = _first_complaint(self.run.attempt(attempt.number) / "srun.log")
@@ -312,6 +326,11 @@ class _Supervisor:
             stopped = [] if host == first else ["SIGKILL"]
             one = HostExit(host=host, code=137, signal="SIGKILL", forwarded=stopped, ended=time.time())
             note_exit(self.run, attempt, one)
+
+    def _died_of_others(self, attempt: Attempt) -> bool:
+        """Return whether the first process to fail was ended by jax, as it does when another one is gone or does not come."""
+        first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
+        return first is not None and first.signal == signal.SIGABRT.name and len(self.hosts) > 1
 
     def _wait_for_a_signal(self) -> None:
         received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, POLL_SECONDS)
@@ -338,6 +357,8 @@ class _Supervisor:
                 self.run.append_event("preempted", attempt=attempt.number, cause=lost)
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
+            if self._job_state() == "PENDING":  # Slurm has put it back into the queue by itself
+                self._exclude()
             return exit_code(attempt)
         end = ending_after(attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome])
         if end is not None:
@@ -365,17 +386,22 @@ class _Supervisor:
                     break  # Slurm has done so by itself, as after a preemption
                 print(f"requeue: {error}; trying again", flush=True)
                 time.sleep(5)
-        if self.record.blames:
-            # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
-            excluded = nodes_to_exclude(self.record.blames, time.time(), self.settings.exclude_hours)
-            nodes = ",".join(sorted({*excluded, *filter(None, [self.settings.exclude])}))
-            try:
-                ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")  # none: all may be used again
-                if excluded:
-                    self.run.append_event("excluded", self.record.attempts[-1].number + 1, nodes=excluded)
-            except NoAnswerError as error:
-                print(f"could not exclude {nodes}: {error}", flush=True)
+        self._exclude()
         return code
+
+    def _exclude(self) -> None:
+        """Keep the job, which is in the queue again, away from nodes that were blamed."""
+        if not self.record.blames:
+            return
+        # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
+        excluded = nodes_to_exclude(self.record.blames, time.time(), self.settings.exclude_hours)
+        nodes = ",".join(sorted({*excluded, *filter(None, [self.settings.exclude])}))
+        try:
+            ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")  # none: all may be used again
+            if excluded:
+                self.run.append_event("excluded", self.record.attempts[-1].number + 1, nodes=excluded)
+        except NoAnswerError as error:
+            print(f"could not exclude {nodes}: {error}", flush=True)
 
     def _blame(self, attempt: Attempt) -> None:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
@@ -385,17 +411,27 @@ class _Supervisor:
             silent = attempt.nodes[host] if isinstance(host, int) and host < len(attempt.nodes) else None
             node, attempt.cause = blamed.get("node") or silent, str(blamed.get("reason"))
             if node in attempt.nodes:
-                self.record.blames.append(Blame(node=node, reason=attempt.cause, time=time.time(), certain=True))
-                self.run.append_event("blamed", attempt=attempt.number, node=node, reason=attempt.cause)
+                self._put_down_to(node, attempt.cause, certain=True)
             return
         if any(blame.time >= attempt.started for blame in self.record.blames):
             return  # as for a hang: it is known who is to blame
+        if self._died_of_others(attempt):
+            unheard = [host for host in self.hosts if self.run.beat(attempt.number, host) is None]
+            if 0 < len(unheard) < len(self.hosts):
+                host = unheard[0]
+                attempt.first_failed = host
+                attempt.cause = f"process {host} on {attempt.nodes[host]} has not joined the others"
+                self._put_down_to(attempt.nodes[host], attempt.cause)
+            return
         first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
         if first is None or first.node is None or first.signal is None or first.signal in first.forwarded:
             return
-        reason = attempt.cause or f"process {first.host} died of {first.signal}"
-        self.record.blames.append(Blame(node=first.node, reason=reason, time=time.time()))
-        self.run.append_event("blamed", attempt=attempt.number, node=first.node, reason=reason)
+        self._put_down_to(first.node, attempt.cause or f"process {first.host} died of {first.signal}")
+
+    def _put_down_to(self, node: str, reason: str, *, certain: bool = False) -> None:
+        assert self.number is not None
+        self.record.blames.append(Blame(node=node, reason=reason, time=time.time(), certain=certain))
+        self.run.append_event("blamed", attempt=self.number, node=node, reason=reason)
 
     def _settle_earlier_attempt(self) -> None:
         """Give an attempt whose supervisor was killed an outcome: Slurm ran the job again by itself."""
@@ -406,12 +442,16 @@ class _Supervisor:
                 attempt.cause = self._blame_lost_nodes(attempt) or "Slurm took it from its nodes"
                 self.run.append_event("preempted", attempt=attempt.number, cause=attempt.cause)
 
-    def _blame_lost_nodes(self, attempt: Attempt) -> str | None:
-        """Note the nodes of an attempt that are down; return a line about them, None where there are none."""
-        down = [node for node in dict.fromkeys(attempt.nodes) if _is_down(node)]
+    def _blame_lost_nodes(self, attempt: Attempt, among: set[str] | None = None) -> str | None:
+        """Note the nodes of an attempt, or those `among` them, that are down; return a line about them, None where there are
+        none."""
+        known = {blame.node for blame in self.record.blames if blame.time >= attempt.started}
+        nodes = [node for node in dict.fromkeys(attempt.nodes) if among is None or node in among]
+        down = [node for node in nodes if _is_down(node)]
         for node in down:
-            self.record.blames.append(Blame(node=node, reason="it went down", time=time.time()))
-            self.run.append_event("blamed", attempt=attempt.number, node=node, reason="it went down")
+            if node not in known:
+                self.record.blames.append(Blame(node=node, reason="it went down", time=time.time()))
+                self.run.append_event("blamed", attempt=attempt.number, node=node, reason="it went down")
         return f"lost its node {', '.join(down)}" if down else None
 
     def _why_warned(self) -> str:
