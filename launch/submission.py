@@ -7,6 +7,8 @@ both go through; a submission that is refused leaves nothing behind.
 import contextlib
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from launch.request import Request, check_devices, checked_plan, unset_variable
 from launch.run_dir import RunDir, remove_directory
 from launch.standing import read_standing
 from launch.text import printable
+from launch.worker import EXIT_SAVED
 
 
 def carry_out(requests: Sequence[Request], *, wait: bool) -> int:
@@ -48,12 +51,27 @@ def carry_out(requests: Sequence[Request], *, wait: bool) -> int:
 
 
 def carry_out_here(request: Request) -> int:
-    """Run one attempt in an allocation, show what it prints, and return its exit code; Ctrl-C saves and stops it."""
+    """Run one attempt in an allocation, show what it prints, and return its exit code; Ctrl-C saves and stops it.
+
+    Raises:
+        UserError: there is no Slurm, or it does not grant the allocation; nothing of a new run is left behind then.
+    """
     from launch.backends import slurm
 
     run = request.run
-    with recorded([request]) as ((plan,), _):
-        attempt = slurm.start_interactively(plan, run)
+    with recorded([request]) as ((plan,), (lock,)), _hangup_interrupts():
+        attempt = slurm.start_interactively(plan, run, lock)
+        try:
+            while plan.first_attempt not in run.attempts():
+                if attempt.poll() is not None:
+                    raise UserError(f"{run.name}: no allocation to run in; Slurm says why above")
+                if run.cancel_request.exists():
+                    _stop_waiting(attempt)
+                    return _end_before_start(run, plan)
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            _stop_waiting(attempt)
+            raise UserError(f"{run.name}: not started, and not waiting for an allocation any more") from None
     show = to_stdout(flush=True)
     while True:
         try:
@@ -70,6 +88,35 @@ def carry_out_here(request: Request) -> int:
         print(f"see {run.supervisor_log}", file=sys.stderr)
         return 1
     return record.exit_code
+
+
+def _stop_waiting(salloc: "subprocess.Popen[bytes]") -> None:
+    """Have salloc take its request back."""
+    salloc.terminate()
+    salloc.wait()
+
+
+def _end_before_start(run: RunDir, plan: Plan) -> int:
+    """Write down that a run was cancelled while it waited; return its exit code."""
+    record = read_record(run)
+    assert record is not None
+    record.state, record.changed, record.exit_code = "cancelled", time.time(), EXIT_SAVED
+    write_record(run, record)
+    run.append_event("cancelled", plan.first_attempt, state=record.state, code=EXIT_SAVED)
+    print(f"{run.name}: cancelled while it waited for an allocation", file=sys.stderr)
+    return EXIT_SAVED
+
+
+@contextlib.contextmanager
+def _hangup_interrupts() -> Iterator[None]:
+    """Have a terminal that is closed, or a SIGTERM, interrupt the block as Ctrl-C does."""
+    signals = (signal.SIGHUP, signal.SIGTERM)
+    before = [signal.signal(one, signal.default_int_handler) for one in signals]
+    try:
+        yield
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
 
 
 @contextlib.contextmanager
@@ -102,6 +149,14 @@ def recorded(requests: Sequence[Request]) -> Iterator[tuple[list[Plan], list[int
     finally:
         for run, lock in locks:
             run.release(lock)  # a supervisor on this machine has its own copy; without one the run is free again
+
+
+def take_back(requests: Sequence[Request]) -> None:
+    """Cancel runs that have just been submitted, the last one first, because one that belongs to them was refused."""
+    for request in reversed(requests):
+        with contextlib.suppress(UserError):
+            request.backend.cancel(request.run, read_standing(request.run).record)
+        print(f"{request.run.name}: cancelled", file=sys.stderr)
 
 
 def _take(run: RunDir) -> int:

@@ -22,8 +22,9 @@ try:
     from launch.errors import Parser, UserError, did_you_mean, run_entry_point
     from launch.options import DEFAULT_JOB, baselines, known_options
     from launch.paths import REPOSITORY
+    from launch.plan import Plan
     from launch.request import Request, check_devices, checked_plan, has_finished, pipeline_requests, requests_for
-    from launch.submission import carry_out, carry_out_here
+    from launch.submission import carry_out, carry_out_here, take_back
 except ModuleNotFoundError as missing:
     from launch.interpreter import continue_with_project_python
 
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> int:
             raise UserError(
                 "--pipeline names jobs, arguments and runs in its file: give it alone, with --cluster and --set"
             )
+        for name in ("wait", "interactive", "export_sbatch"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} is for one run, not for a pipeline")
         stages = pipeline_requests(Path(options.pipeline), options.cluster, options.set, cwd)
         return _carry_out_stages(stages, dry_run=options.dry_run, compile_first=options.preflight)
     requests = requests_for(
@@ -61,15 +65,22 @@ def main(arguments: list[str]) -> int:
         _preflight(requests)
     if options.dry_run and options.preflight:
         return 0
+    if options.interactive and (len(requests) > 1 or requests[0].settings.backend != "slurm" or requests[0].after):
+        raise UserError("--interactive is for one run on a Slurm cluster")
     if options.dry_run:
-        print(requests[0].backend.preview([checked_plan(request) for request in requests]), end="")
+        plans = [checked_plan(request) for request in requests]
+        print(_preview_interactive(plans[0]) if options.interactive else requests[0].backend.preview(plans), end="")
         _warn_of_devices(requests)
         return 0
     if options.interactive:
-        if len(requests) > 1 or requests[0].settings.backend != "slurm" or requests[0].after:
-            raise UserError("--interactive is for one run on a Slurm cluster")
         return carry_out_here(requests[0])
     return carry_out(requests, wait=options.wait)
+
+
+def _preview_interactive(plan: Plan) -> str:
+    from launch.backends import slurm
+
+    return slurm.preview_interactive(plan)
 
 
 def _preflight(requests: Sequence[Request]) -> None:
@@ -94,8 +105,14 @@ def _carry_out_stages(stages: Sequence[Request], *, dry_run: bool, compile_first
         check_devices(stage)
     if not todo:
         print(f"all of its stages have finished: {', '.join(stage.run.name for stage in stages)}")
-    for stage in todo:
-        carry_out([stage], wait=False)
+    submitted: list[Request] = []
+    try:
+        for stage in todo:
+            carry_out([stage], wait=False)
+            submitted.append(stage)
+    except UserError:
+        take_back(submitted)
+        raise
     return 0
 
 
@@ -112,12 +129,9 @@ def _warn_of_devices(requests: Sequence[Request]) -> None:
 def _export(requests: Sequence[Request], path: Path) -> int:
     from launch.backends import slurm
 
-    (request,) = requests[:1]
-    if len(requests) > 1 or request.settings.backend != "slurm":
-        raise UserError(
-            "--export-sbatch writes the script of one run on a Slurm cluster, not of a sweep or of this machine"
-        )
-    text = slurm.export(checked_plan(request), REPOSITORY, request.job.script)
+    if requests[0].settings.backend != "slurm":
+        raise UserError("--export-sbatch writes scripts for Slurm clusters")
+    text = slurm.export([checked_plan(request) for request in requests], REPOSITORY, requests[0].job.script)
     try:
         with path.open("x") as file:
             file.write(text)

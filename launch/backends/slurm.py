@@ -98,18 +98,32 @@ def batch_script(plans: Sequence[Plan]) -> str:
     return _sbatch_text(plans, f"exec {shlex.quote(outside)} {supervisor} --run_dir {where}", settings.setup)
 
 
-def export(plan: Plan, checkout: Path, script: Path) -> str:
-    """Return a batch script that runs `script` as the plan would, without the launcher, with the code in `checkout`."""
-    settings = _settings(plan)
-    variables = {"JASMINE_RUN_DIR": plan.run_dir, "PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1", **settings.env}
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+# What only the launcher's supervisor looks at.
+_SUPERVISED = ("JASMINE_PREFLIGHT", "JASMINE_LOCAL_DEVICES")
+
+
+def export(plans: Sequence[Plan], checkout: Path, script: Path) -> str:
+    """Return a batch script that runs `script` as the plans of a run or a sweep would, without the launcher, with the code in
+    `checkout`."""
+    plan, settings = plans[0], _settings(plans[0])
+    variables = {name: value for name, value in plan.with_code_in(checkout).env.items() if name not in _SUPERVISED}
+    if plan.sweep is not None:
+        del variables["JASMINE_RUN_DIR"]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     files = {name: source for name, source in settings.secrets.items() if source != ENVIRONMENT}
-    exports += "".join(f'\nexport {name}="$(cat {shlex.quote(os.path.expanduser(f))})"' for name, f in files.items())
+    lines += [f'export {name}="$(cat {shlex.quote(os.path.expanduser(f))})"' for name, f in files.items()]
+    if plan.sweep is not None:
+        lines.append('case "$SLURM_ARRAY_TASK_ID" in')
+        for index, one in enumerate(plans):
+            where, arguments = shlex.quote(one.run_dir), shlex.join(one.arguments)
+            lines.append(f"{index}) export JASMINE_RUN_DIR={where}; set -- {arguments} ;;")
+        lines.append("esac")
+    else:
+        lines.append(f"set -- {shlex.join(plan.arguments)}")
+    exports = "\n".join(lines)
     cpus = settings.cpus_per_node
     per_task = f" --cpus-per-task={max(1, cpus // settings.processes_on_a_node)}" if cpus else ""
-    job = shlex.join([plan.argv[0], str(script), *plan.arguments])
-    if settings.container:
-        raise UserError("--export-sbatch does not write scripts for containers; use --dry-run to see what is submitted")
+    job = shlex.join([*in_container(plan), plan.argv[0], str(script)])
     body = f"""\
 {exports}
 mkdir -p "$JASMINE_RUN_DIR"
@@ -117,15 +131,34 @@ cd {shlex.quote(plan.cwd)} || exit 2
 ulimit -c 0
 # --wait: when one process has ended, the others have this many seconds to end as well.
 srun --wait=30 --kill-on-bad-exit=0 --unbuffered --mpi=none{per_task} \\
-    {job}
+    {job} "$@"
 code=$?
 # 75: the state is saved, and the job wants to go on. `scontrol requeue` has Slurm run this script again.
 if [ "$code" -eq 75 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}" && sleep 60
 fi
 exit "$code\""""
-    log = _percent_safe(str(Path(plan.cwd) / f"{plan.run}-")) + "%j.log"
-    return _sbatch_text([plan], body, settings.setup, output=log)
+    log = _percent_safe(str(Path(plan.cwd) / f"{plan.sweep or plan.run}-"))
+    return _sbatch_text(plans, body, settings.setup, output=log + ("%A_%a.log" if plan.sweep is not None else "%j.log"))
+
+
+def in_container(plan: Plan) -> list[str]:
+    """Return what goes before the command of a task in srun's call, to run it in the plan's container, if it has one:
+    options of srun, or the container's own command."""
+    settings = _settings(plan)
+    image = settings.container
+    if image is None:
+        return []
+    mounts = [str(Path(plan.run_dir).parent), plan.cwd, *settings.container_mounts]
+    both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
+    if settings.container_runtime == "pyxis":
+        return [
+            f"--container-image={image}",
+            f"--container-mounts={','.join(both_sides)}",
+            "--no-container-mount-home",
+        ]
+    gpus = ["--nv"] if settings.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, *(f"--bind={mount}" for mount in both_sides), image]
 
 
 def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: str | None = None) -> str:
@@ -279,39 +312,54 @@ def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
     return f"Slurm job {job.job_id}"
 
 
-def start_interactively(plan: Plan, run: RunDir) -> "subprocess.Popen[bytes]":
+def preview_interactive(plan: Plan) -> str:
+    """Return the command that an interactive run starts with.
+
+    Raises:
+        UserError: the allocation of this shell does not have the nodes.
+    """
+    return shlex.join([*_allocation(plan), *_interactive_attempt(plan)]) + "\n"
+
+
+def start_interactively(plan: Plan, run: RunDir, lock: int) -> "subprocess.Popen[bytes]":
     """Start one attempt of a run in the allocation that this shell has, or in one that salloc waits for; return the process
-    that lasts as long as the attempt.
+    that lasts as long as the attempt. It holds the run by the descriptor `lock`; what salloc says goes to this terminal.
 
     Raises:
         UserError: the allocation does not have the nodes, or there is no Slurm here.
     """
+    allocation = _allocation(plan)
+    to_its_log = ["sh", "-c", 'log=$0; exec "$@" >>"$log" 2>&1', str(run.supervisor_log)]
+    command = [*allocation, *to_its_log, *_interactive_attempt(plan), "--lock", str(lock)]
+    environment = scrubbed(os.environ) if allocation else dict(os.environ)
+    try:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock]
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            "there is no Slurm here (salloc is not on the PATH): --interactive needs a login node"
+        ) from error
+
+
+def _allocation(plan: Plan) -> list[str]:
+    """Return salloc's command, without that which is to run; nothing where this shell has an allocation."""
     settings = _settings(plan)
-    attempt = [plan.argv[0], str(plan.code_dir / "launch" / "backends" / "slurm_attempt.py")]
-    attempt += ["--run_dir", str(run.root), "--interactive"]
     if "SLURM_JOB_ID" in os.environ:
         have = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
         if have != settings.nodes:
             raise UserError(
                 f"this allocation has {have} node(s) and the run wants {settings.nodes}: --set nodes={have}"
             )
-        command, environment = attempt, dict(os.environ)
-    else:
-        header = [
-            line.removeprefix("#SBATCH ") for line in batch_script([plan]).split("\n") if line.startswith("#SBATCH")
-        ]
-        skipped = ("--output", "--open-mode", "--requeue", "--export", "--signal")
-        options = [word for line in header for word in shlex.split(line) if not word.startswith(skipped)]
-        command, environment = ["salloc", *options, *attempt], scrubbed(os.environ)
-    try:
-        with run.supervisor_log.open("ab") as log:
-            return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-    except FileNotFoundError as error:
-        raise UserError(
-            "there is no Slurm here (salloc is not on the PATH): --interactive needs a login node"
-        ) from error
+        return []
+    lines = [line.removeprefix("#SBATCH ") for line in batch_script([plan]).split("\n") if line.startswith("#SBATCH")]
+    not_its = ("--output", "--open-mode", "--requeue", "--export")
+    return ["salloc", *(word for line in lines if not line.startswith(not_its) for word in shlex.split(line))]
+
+
+def _interactive_attempt(plan: Plan) -> list[str]:
+    script = plan.code_dir / "launch" / "backends" / "slurm_attempt.py"
+    return [plan.argv[0], str(script), "--run_dir", plan.run_dir, "--interactive"]
 
 
 def _complaint(text: str) -> str:
@@ -426,7 +474,7 @@ def look(runs: Sequence[tuple[RunDir, RunRecord]]) -> list[Sighting]:
     sightings = []
     for job_id in ids:
         if job_id is None:
-            sightings.append(Sighting(live=False, state="lost", detail="it never got a job in Slurm"))
+            sightings.append(Sighting(live=False, state="lost", detail="it has no job in Slurm"))
         elif silent:
             sightings.append(Sighting(live=True, detail=silent, answered=False, facts=(("Slurm job", job_id),)))
         else:

@@ -65,12 +65,13 @@ def main() -> int:
     parser.add_argument(
         "--interactive", action="store_true", help="in an allocation that is not ours: never requeue it"
     )
+    parser.add_argument("--lock", type=int, metavar="FD", help="a descriptor that holds the run's lock")
     options = parser.parse_args()
     be_patient()
     run = RunDir(options.run_dir)
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and not options.interactive and _is_newest_submission(run):
         run.fence_off_earlier_attempts()  # a supervisor that was cut off with its node would hold the lock for ever
-    lock = _lock(run)
+    lock = options.lock if options.lock is not None and _is_open(options.lock) else _lock(run)
     try:
         record = read_record(run)
     except UserError as error:
@@ -82,7 +83,7 @@ def main() -> int:
     plan = record.submissions[-1].plan
     if options.interactive:
         run.slurm_job.parent.mkdir(exist_ok=True)
-        write_atomically(run.slurm_job, f"{os.environ['SLURM_JOB_ID']}\n")
+        write_atomically(run.slurm_job, f"{_own_id()}\n")
     if plan.settings["backend"] != "slurm" or not _is_newest_submission(run):
         print(f"{run.name}: submitted again since; this job has nothing to do", flush=True)
         return 0
@@ -113,6 +114,14 @@ def _own_id() -> str:
     that alone, all elements would be put back into the queue."""
     array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _lock(run: RunDir) -> int:
@@ -205,7 +214,7 @@ class _Supervisor:
             command.append(f"--gpus-per-node={self.settings.gpus_per_node}")
         if self.settings.cpus_per_node:
             command.append(f"--cpus-per-task={max(1, self.settings.cpus_per_node // per_node)}")
-        command += self._container()
+        command += slurm.in_container(self.plan)
         worker = str(self.plan.code_dir / "launch" / "worker.py")
         command += [self.plan.argv[0], worker, "--identities", str(directory / "identities.json")]
         command += ["--saved_is_success", "--cwd", self.plan.cwd, "--grace_seconds", str(self.settings.grace_seconds)]
@@ -224,22 +233,6 @@ class _Supervisor:
                 stderr=log,
                 start_new_session=True,
             )
-
-    def _container(self) -> list[str]:
-        """Return what goes before the worker's command, or options of srun, to run in a container."""
-        image = self.settings.container
-        if image is None:
-            return []
-        mounts = [str(self.run.root.parent), self.plan.cwd, *self.settings.container_mounts]
-        both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
-        if self.settings.container_runtime == "pyxis":
-            return [
-                f"--container-image={image}",
-                f"--container-mounts={','.join(both_sides)}",
-                "--no-container-mount-home",
-            ]
-        gpus = ["--nv"] if self.settings.gpus_per_node else []
-        return ["apptainer", "exec", *gpus, *(f"--bind={mount}" for mount in both_sides), image]
 
     def _secrets(self) -> dict[str, str]:
         """Return the values of secrets that are files; those of the environment are in it."""

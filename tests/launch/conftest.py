@@ -10,7 +10,9 @@ import pytest
 
 from launch.plan import scrubbed
 from launch.run_dir import RunDir
+from tests.clusters.slurm import SlurmCluster
 from tests.launch.checkouts import Checkout, wait_until
+from tests.launch.slurm_login import end_all_jobs, login
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -68,3 +70,11 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
         run = RunDir(directory)
         run.cancel_request.touch()
         wait_until(lambda run=run: not run.is_live(), 30)  # type: ignore[misc]
+
+
+@pytest.fixture
+def here(checkout: Checkout, slurm: SlurmCluster) -> Iterator[Checkout]:
+    """A login node: a checkout in which `slurm.yaml` is the cluster."""
+    login(checkout, slurm)
+    yield checkout
+    end_all_jobs(slurm)

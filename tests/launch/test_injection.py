@@ -32,7 +32,7 @@ from tests.clusters.cloud_tpu import CloudTpu
 from tests.clusters.slurm import SlurmCluster as Slurm
 from tests.fuzz import tries
 from tests.launch.checkouts import Checkout
-from tests.launch.test_slurm import end_all_jobs, login
+from tests.launch.slurm_login import end_all_jobs, login
 
 # In the place of CANARY stands a file that must not come to be.
 ATTACKS = [

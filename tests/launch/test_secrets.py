@@ -19,7 +19,7 @@ from tests.clusters.cloud_tpu import CloudTpu
 from tests.clusters.gcs import Gcs
 from tests.clusters.slurm import SlurmCluster as Slurm
 from tests.launch.checkouts import Checkout, wait_until
-from tests.launch.test_slurm import end_all_jobs, login
+from tests.launch.slurm_login import end_all_jobs, login
 
 SHOW = """\
 import hashlib, os, pathlib, sys, time

@@ -3,12 +3,9 @@
 import getpass
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,54 +14,7 @@ import pytest
 from launch.record import read_record
 from tests.clusters.slurm import SlurmCluster
 from tests.launch.checkouts import Checkout, is_alive, wait_until
-
-CLUSTER = """\
-backend: slurm
-partition: main
-nodes: 2
-processes_per_node: 2
-gpus_per_node: 4
-cpus_per_node: 4
-time_limit: "10"
-grace_seconds: 20
-storage: runs
-"""
-
-
-def end_all_jobs(slurm: SlurmCluster) -> None:
-    """Leave nothing in the queue."""
-    slurm.command("scancel", "-f", "-u", getpass.getuser(), check=False)
-    wait_until(lambda: not slurm.command("squeue", "-h").strip(), 60)
-
-
-@pytest.fixture
-def here(checkout: Checkout, slurm: SlurmCluster) -> Iterator[Checkout]:
-    """A login node: a checkout in which `slurm.yaml` is the cluster."""
-    login(checkout, slurm)
-    yield checkout
-    end_all_jobs(slurm)
-
-
-def submit(here: Checkout, *arguments: str, name: str = "r") -> str:
-    """Submit to Slurm, and return what the command printed."""
-    return here.submit(*arguments, name=name, cluster="slurm.yaml").stdout
-
-
-def job_id(here: Checkout, name: str = "r") -> str:
-    return here.directory(name).slurm_job.read_text().strip()
-
-
-def events(here: Checkout, name: str = "r") -> list[str]:
-    return [event["event"] for event in here.directory(name).events()]
-
-
-def at_step(here: Checkout, step: int, *, attempt: int = 1, host: int = 0, name: str = "r") -> None:
-    log = here.directory(name).log(attempt, host)
-    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 60)
-
-
-def steps(here: Checkout, name: str = "r") -> list[int]:
-    return [json.loads(line)["step"] for line in here.directory(name).metrics.read_text().splitlines()]
+from tests.launch.slurm_login import at_step, end_all_jobs, events, job_id, login, steps, submit
 
 
 def test_two_nodes_with_two_processes_each_run_to_the_end(here: Checkout, slurm: SlurmCluster) -> None:
@@ -405,174 +355,6 @@ def test_a_scheduler_that_is_away_loses_nothing(here: Checkout, slurm: SlurmClus
     assert "waits: submitted" in here.jobs("status", "waits").stdout
     assert here.jobs("cancel", "waits").returncode == 0
     assert here.jobs("cancel", "r").returncode == 0
-
-
-@pytest.mark.slow
-def test_a_sweep_is_one_array_whose_elements_are_runs(here: Checkout, slurm: SlurmCluster) -> None:
-    sweep = ["--sweep", "num_steps=3,4", "--sweep", "step_seconds=0.01,0.02"]
-    told = submit(here, "--set", "processes_per_node=1", "--set", "gpus_per_node=0", *sweep, "train_lam")
-    assert "r: 4 runs submitted" in told
-    names = [f"r.{index}" for index in range(4)]
-    assert {here.end(name, seconds=90).state for name in names} == {"finished"}
-    assert [len(steps(here, name)) for name in names] == [3, 3, 4, 4]
-    assert [len(here.directory(name).logged_hosts(1)) for name in names] == [2] * 4
-    assert len({job_id(here, name).partition("_")[0] for name in names}) == 1
-    table = here.jobs("status", "r").stdout
-    assert [line.split()[0] for line in table.splitlines()] == ["run", *names]
-
-
-def test_cancelling_a_sweep_ends_all_of_it(here: Checkout) -> None:
-    submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "--sweep", "num_steps=2000,2001", "train_lam")
-    wait_until(lambda: any(here.directory(f"r.{index}").attempts() for index in range(2)), 30)
-    assert here.jobs("cancel", "r").returncode == 0
-    assert {read_record(here.directory(f"r.{index}")).state for index in range(2)} == {"cancelled"}  # type: ignore[union-attr]
-
-
-@pytest.mark.slow
-def test_a_run_waits_for_another_and_a_pipeline_is_wired(here: Checkout, slurm: SlurmCluster) -> None:
-    (here.home / "see.py").write_text(
-        "import os, sys\nprint(sys.argv, os.path.exists(sys.argv[2] + '/metrics.jsonl'))\n"
-    )
-    (here.home / "p.yaml").write_text(
-        "name: p\n"
-        "stages:\n"
-        "  first: {job: train_lam, args: --num_steps 20}\n"
-        "  second: {job: see.py, args: --made_by {first}, set: [nodes=1, processes_per_node=1]}\n".replace(
-            "{first}", '"{first}"'
-        )
-        .replace("args: --made_by", "args: [--made_by,")
-        .replace('"{first}"', '"{first}"]')
-    )
-    dry = here.run("submit", "--cluster", "slurm.yaml", "--pipeline", "p.yaml", "--dry-run")
-    assert "afterok:<job of p-first>" in dry.stdout, dry.stderr
-    done = here.run("submit", "--cluster", "slurm.yaml", "--pipeline", "p.yaml")
-    assert done.returncode == 0, done.stderr
-    shown = here.jobs("status", "p-second").stdout
-    assert "it waits for the run before it to finish" in shown
-    after = here.run(
-        "submit", "--cluster", "slurm.yaml", "--name", "third", "--after", "p-second", "train_lam", "--num_steps", "1"
-    )
-    assert after.returncode == 0, after.stderr
-    assert here.end("third", seconds=90).state == "finished"
-    first, second = (read_record(here.directory(name)) for name in ("p-first", "p-second"))
-    assert first is not None
-    assert second is not None
-    assert first.attempts[0].ended <= second.attempts[0].started  # type: ignore[operator]
-    assert here.directory("p-second").log(1, 0).read_text().split()[-1] == "True"
-    assert here.run("submit", "--cluster", "slurm.yaml", "--after", "none", "train_lam").returncode == 2
-
-
-@pytest.mark.slow
-def test_an_exported_script_and_the_shipped_ones_need_no_launcher(here: Checkout, slurm: SlurmCluster) -> None:
-    job = here.home / "by hand.py"
-    job.write_text(
-        "import os, pathlib, sys\n"
-        "run = pathlib.Path(os.environ.get('JASMINE_RUN_DIR') or sys.argv[-1])\n"
-        "(run / f\"seen-{os.environ['SLURM_PROCID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}\").touch()\n"
-        "sys.exit(75 if os.environ.get('SLURM_RESTART_COUNT', '0') == '0' else 0)\n"
-    )
-    exported = ["--cluster", "slurm.yaml", "--name", "by-hand", "--export-sbatch", "x.sbatch", "by hand.py"]
-    assert here.run("submit", *exported).returncode == 0
-    again = here.run("submit", *exported)
-    assert (again.returncode, "it exists" in again.stderr) == (2, True)
-
-    def submitted_by_hand(*argv: str) -> str:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *argv], cwd=here.home, env=here.env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    wrappers = here.root / "launch" / "sbatch"
-    (here.home / ".venv" / "bin").mkdir(parents=True)
-    (here.home / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    ids = {"x": submitted_by_hand("x.sbatch")}
-    for name in ("single_node", "multi_node", "multi_node_requeue"):
-        (here.home / name).mkdir()
-        ids[name] = submitted_by_hand(
-            "--gpus-per-node=1", "--cpus-per-task=1", str(wrappers / f"{name}.sbatch"), str(job), name
-        )
-    state = {"x": "COMPLETED", "single_node": "FAILED", "multi_node": "FAILED", "multi_node_requeue": "COMPLETED"}
-    for name, expected in state.items():
-        wait_until(lambda name=name, expected=expected: slurm.job_state(ids[name]) == expected, 60)  # type: ignore[misc]
-    assert sorted(p.name for p in here.directory("by-hand").root.glob("seen-*")) == [
-        f"seen-{process}-{restart}" for process in range(4) for restart in range(2)
-    ]
-    assert sorted(p.name for p in (here.home / "multi_node_requeue").iterdir()) == [
-        "seen-0-0",
-        "seen-0-1",
-        "seen-1-0",
-        "seen-1-1",
-    ]
-    assert sorted(p.name for p in (here.home / "multi_node").iterdir()) == ["seen-0-0", "seen-1-0"]
-
-
-def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout, slurm: SlurmCluster) -> None:
-    interactive = ["--cluster", "slurm.yaml", "--set", "processes_per_node=1", "--interactive"]
-    done = here.run("submit", *interactive, "--name", "salloc", "train_lam", "--num_steps", "3")
-    assert done.returncode == 0, done.stderr + here.directory("salloc").supervisor_log.read_text()
-    assert "[host-1] step 3" in done.stdout
-    assert "salloc: finished" in done.stderr
-
-    inside = here.argv(
-        "submit", *interactive, "--name", "inside", "train_lam", "--crash_at", "1", "--crash_attempts", "9"
-    )
-    in_allocation = ["salloc", "-N2", "--ntasks-per-node=1", "--cpus-per-task=4", "--gpus-per-node=4", *inside]
-    crashed = subprocess.run(in_allocation, cwd=here.home, env=here.env, capture_output=True, text=True)
-    assert crashed.returncode == 1, crashed.stderr
-    assert "ValueError: no more at step 1" in crashed.stdout
-    assert read_record(here.directory("inside")).state == "failed"  # type: ignore[union-attr]
-    assert len(here.directory("inside").attempts()) == 1
-
-
-def test_a_container_gets_the_job_its_storage_and_its_gpus(here: Checkout) -> None:
-    fake = here.home / "bin" / "apptainer"
-    fake.parent.mkdir()
-    fake.write_text(
-        '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$JASMINE_RUN_DIR/apptainer-$SLURM_PROCID"\n'
-        'while [[ $1 != image.sif ]]; do shift; done; shift; exec "$@"\n'
-    )
-    fake.chmod(0o755)
-    here.env["PATH"] = f"{fake.parent}:{here.env['PATH']}"
-    container = ["container=image.sif", "container_mounts=[/data:/d]", f"python={sys.executable}"]
-    submit(here, *(part for key in container for part in ("--set", key)), "train_lam", "--num_steps", "2")
-    assert here.end().state == "finished", here.directory().supervisor_log.read_text()
-    said = (here.directory().root / "apptainer-3").read_text().splitlines()
-    runs = str(here.home / "runs")
-    assert said[:5] == ["exec", "--nv", f"--bind={runs}:{runs}", f"--bind={here.home}:{here.home}", "--bind=/data:/d"]
-
-
-def test_pyxis_gets_its_options_in_the_call_of_srun(here: Checkout) -> None:
-    """Debian has no pyxis: an srun that takes the options away stands in for one that the plugin has taught them."""
-    fake = here.home / "bin" / "srun"
-    fake.parent.mkdir()
-    fake.write_text(
-        "#!/bin/bash\nkept=()\n"
-        'for word in "$@"; do\n'
-        '    if [[ $word == --*container-* ]]; then echo "$word" >> "$JASMINE_RUN_DIR/pyxis"; else kept+=("$word"); fi\n'
-        "done\n"
-        f'exec {shutil.which("srun")} "${{kept[@]}}"\n'
-    )
-    fake.chmod(0o755)
-    here.env["PATH"] = f"{fake.parent}:{here.env['PATH']}"
-    keys = ["container=nvcr.io#nvidia/jax:25.10", "container_runtime=pyxis", "container_mounts=[/data:/d]"]
-    keys += [f"python={sys.executable}", "processes_per_node=1"]
-    submit(here, *(part for key in keys for part in ("--set", key)), "train_lam", "--num_steps", "2")
-    assert here.end().state == "finished", here.directory().supervisor_log.read_text()
-    runs = str(here.home / "runs")
-    assert (here.directory().root / "pyxis").read_text().splitlines() == [
-        "--container-image=nvcr.io#nvidia/jax:25.10",
-        f"--container-mounts={runs}:{runs},{here.home}:{here.home},/data:/d",
-        "--no-container-mount-home",
-    ]
-
-
-def login(checkout: Checkout, slurm: SlurmCluster) -> None:
-    """Make a checkout one of a login node of a cluster."""
-    checkout.env |= slurm.env
-    checkout.env["PATH"] = os.environ["PATH"]
-    (checkout.home / "slurm.yaml").write_text(CLUSTER)
-    os.environ |= slurm.env  # `launch.standing` asks Slurm from this process
 
 
 @pytest.mark.slow

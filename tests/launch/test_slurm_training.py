@@ -18,7 +18,7 @@ from tests.clusters.slurm import SlurmCluster
 from tests.jobs import REPO, TINY
 from tests.launch.checkouts import check_events, wait_until
 from tests.launch.reports import read_report
-from tests.launch.test_slurm import end_all_jobs
+from tests.launch.slurm_login import end_all_jobs
 
 pytestmark = pytest.mark.slow
 
