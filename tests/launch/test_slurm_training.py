@@ -14,9 +14,9 @@ from launch.record import RunRecord
 from launch.run_dir import RunDir
 from launch.standing import Watch, read_standing
 from tests import jobs
-from tests.clusters.slurm import SlurmCluster
+from tests.clusters.slurm import SlurmCluster, networks_allowed, running_cluster
 from tests.jobs import REPO, TINY
-from tests.launch.checkouts import check_events, wait_until
+from tests.launch.checkouts import check_events, is_alive, wait_until
 from tests.launch.reports import read_report
 from tests.launch.slurm_login import end_all_jobs
 
@@ -158,3 +158,83 @@ def test_what_is_wrong_everywhere_is_no_machines_fault(login: Login) -> None:
     assert record.blames == []
     assert "each process sees 1 cpu device(s) instead of 2" in login.command("jobs", "explain", "r")
     assert not run.metrics.exists()
+
+
+def test_one_that_does_not_come_is_named_and_not_the_one_that_waits_for_it(login: Login) -> None:
+    """Jax ends the process that waits, by SIGABRT."""
+    python = login.home / "python"
+    absent = f'[ "$SLURMD_NODENAME" = 127.0.0.12 ] && sleep 600;; esac\nexec {sys.executable} "$@"\n'
+    python.write_text(f'#!/bin/sh\ncase "$1" in *train_*) {absent}')
+    python.chmod(0o755)
+    keys = [f"python={json.dumps(str(python))}", "processes_per_node=1", "init_timeout=10", "max_failures=0"]
+    run = login.submit(*(part for key in keys for part in ("--set", key)), "--", "--num_steps", "5")
+    lives = Watch(run, seconds=0.5)
+    wait_until(lambda: not lives(), 120)
+    record = read_standing(run).record
+    assert record.state == "failed"
+    (attempt,) = record.attempts
+    assert attempt.cause == "process 1 on 127.0.0.12 has not joined the others"
+    assert [blame.node for blame in record.blames] == ["127.0.0.12"]
+    assert "host 1 of 2 on 127.0.0.12" in login.command("jobs", "explain", "r")
+
+
+def test_a_node_that_is_lost_before_slurm_knows_costs_no_failure_and_its_process_writes_nothing(
+    tmp_path: Path, tiny_data: Path, needs_slurm: None
+) -> None:
+    """Jax gives up a silent process long before Slurm gives up its node."""
+    if not networks_allowed():
+        pytest.skip("network namespaces cannot be made here (they need root)")
+    with running_cluster(nodes=3, slurmd_timeout=45, message_timeout=4, own_networks=True) as slurm:
+        os.environ |= slurm.env
+        login = Login(tmp_path, tiny_data, slurm)
+        keys = ["processes_per_node=1", "max_failures=0", "grace_seconds=10", "heartbeat_timeout=8"]
+        steps = ["--num_steps", "100000", "--log_checkpoint_interval", "5", "--keep_checkpoints", "100000"]
+        run = login.submit(*(part for key in keys for part in ("--set", key)), "--", *steps)
+        login.at_step(run, 8)
+        zombie, lost = int(run.pid_file(1, 1).read_text()), slurm.nodes[1]
+        slurm.pull_cable(lost)
+        wait_until(lambda: run.attempts() == [1, 2], 180)
+        wait_until(lambda: not is_alive(zombie), 10)
+        wait_until(lambda: '"attempt": 2' in run.metrics.read_text(), 90)
+        login.command("jobs", "cancel", "r")
+        record = read_standing(run).record
+        assert (record.attempts[0].outcome, record.attempts[0].cause) == ("preempted", f"lost its node {lost}")
+        assert [blame.node for blame in record.blames] == [lost]
+        assert lost not in record.attempts[1].nodes
+        losses = jobs.metrics(run.root, "loss")
+        assert list(losses) == list(range(1, max(losses) + 1))
+        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        assert [line["attempt"] for line in lines] == sorted(line["attempt"] for line in lines)
+
+
+def test_scripts_that_need_no_launcher_train_and_survive_preemption(login: Login) -> None:
+    """An exported script and the shipped one, both on two nodes."""
+    home, slurm = login.home, login.slurm
+    (home / "jasmine").symlink_to(REPO / "jasmine")
+    (home / ".venv" / "bin").mkdir(parents=True)
+    (home / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / ".venv" / "bin" / "python").chmod(0o755)
+    steps = ["--num_steps", "150", "--data_dir", str(login.data)]
+    shape = ["--cluster", "slurm.yaml", "--set", "processes_per_node=1"]
+    export = ["--name", "exported", "--export-sbatch", "job.sbatch"]
+    login.command("submit", *shape, *export, "train_tokenizer_vqvae", *TINY, *steps)
+    shipped = ["--gpus-per-node=1", "--cpus-per-task=1", "--signal=TERM@30"]
+    shipped += [str(REPO / "launch" / "sbatch" / "multi_node_requeue.sbatch")]
+    shipped += ["jasmine/baselines/maskgit/train_tokenizer_vqvae.py", *TINY, *steps, "--ckpt_dir", "shipped"]
+    few = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    ids = {}
+    for name, words in {"exported": ["job.sbatch"], "shipped": shipped}.items():
+        done = subprocess.run(
+            ["sbatch", "--parsable", *words], cwd=home, env=login.env | few, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        ids[name] = done.stdout.strip()
+    runs = {"exported": RunDir(home / "ru'ns" / "exported"), "shipped": RunDir(home / "shipped")}
+    for run in runs.values():
+        login.at_step(run, 3)
+    slurm.command("sbatch", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    for name, run in runs.items():
+        wait_until(lambda name=name: slurm.job_state(ids[name]) == "COMPLETED", 150)  # type: ignore[misc]
+        assert list(jobs.metrics(run.root, "loss")) == list(range(1, 151))
+        assert [event["processes"] for event in jobs.events(run.root, "init")] == [2, 2]
+        assert jobs.events(run.root, "resumed")[0]["step"] >= 3
