@@ -1,6 +1,7 @@
 """What supervisors do whose processes run on other machines: they see an attempt through its run directory alone."""
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from launch.options import baselines
 from launch.outcome import kind
 from launch.plan import Plan
 from launch.record import Attempt, HostExit
-from launch.run_dir import RunDir, last_json_lines
+from launch.run_dir import RunDir, last_json_lines, read_tail
 from launch.watchdog import Hang, Watchdog
 
 # Of what a process said last, in an event.
 MOST_WORDS = 300
+# Where jax says in a log whom it misses: the last bytes, and the numbers of processes that follow, a line each.
+LOG_TAIL = 16 << 10
+_MISSED = re.compile(r"stopped sending heartbeats\):\n((?:\d{1,6}\n)+)")
 # Of how many attempts it is asked whether the job's processes have written beats.
 EARLIER_ATTEMPTS = 5
 
@@ -57,6 +61,31 @@ def _cause(run: RunDir, attempt: Attempt, one: HostExit) -> str:
         said = last_words(run.log(attempt.number, one.host))
     how = f"died of {one.signal}" if one.signal else f"exited with code {one.code}"
     return f"process {one.host} {how}" + (f": {said[:MOST_WORDS]}" if said else "")
+
+
+def missed_by_others(run: RunDir, attempt: Attempt) -> list[int] | None:
+    """Return the processes that jax missed, if the first one to fail was ended by jax for the sake of others; None if it was
+    not. Jax aborts a process (SIGABRT) when another one sends no heartbeats any more, or has not joined in time.
+
+    The log of process 0, which has jax's service, names the ones that were missed. Of those that did not join it says
+    nothing; they have written no beat.
+    """
+    first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
+    if first is None or first.signal != signal.SIGABRT.name or attempt.processes == 1:
+        return None
+    tails = []
+    for host in {0, first.host}:
+        with contextlib.suppress(OSError):
+            tails.append(read_tail(run.log(attempt.number, host), LOG_TAIL).decode(errors="replace"))
+    named = [number for tail in tails for found in _MISSED.findall(tail) for number in found.split()]
+    if missed := {int(number) for number in named if int(number) < attempt.processes}:
+        return sorted(missed)
+    hosts = range(attempt.processes)
+    beats = in_parallel(lambda host: run.beat(attempt.number, host), hosts, of=run.root)
+    unheard = [host for host in hosts if beats[host] is None]
+    if 0 < len(unheard) < attempt.processes:
+        return unheard
+    return [] if any("JAX distributed service detected fatal errors" in tail for tail in tails) else None
 
 
 def has_progressed(run: RunDir, attempt: Attempt, size: int) -> bool:

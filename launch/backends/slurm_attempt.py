@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +42,7 @@ from launch.outcome import ending as ending_after
 from launch.plan import Plan, identity, scrubbed
 from launch.record import Attempt, Blame, HostExit, RunRecord, State, Supervisor, read_record, write_record
 from launch.run_dir import RunDir, write_atomically
-from launch.supervision import collect_exits, find_hang, has_progressed, note_exit, watchdog_of
+from launch.supervision import collect_exits, find_hang, has_progressed, missed_by_others, note_exit, watchdog_of
 from launch.watchdog import Hang
 from launch.worker import EXIT_SAVED, LEAVE_SIGNALS
 
@@ -53,6 +54,8 @@ PATIENCE_SECONDS = 30.0
 REQUEUE_SECONDS = 3600.0
 # How often the beats are looked at, and how long stacks are waited for.
 LOOK_SECONDS = 2.0
+# jax misses a process before Slurm misses its node, which it looks at every third of SlurmdTimeout.
+LOST_SECONDS = 30.0
 STACKS_SECONDS = 4.0
 
 
@@ -150,6 +153,7 @@ class _Supervisor:
         self.terminated = False  # Slurm is ending this job, for a reason that only it knows
         self.number: int | None = None  # of the attempt, once it has begun
         self.silent: set[int] = set()  # processes of it whose workers did not say how they ended
+        self.missed: list[int] | None = None  # processes of it for whose sake jax ended the others
         self.ends_at = self._end_time()
 
     def run_attempt(self) -> int:
@@ -186,8 +190,7 @@ class _Supervisor:
         self._see_to_the_end(attempt, self._start(attempt, nodes, secrets))
         attempt.ended = time.time()
         attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
-        silent = {attempt.nodes[host] for host in self.silent}
-        if attempt.outcome == "failed" and (lost := self._blame_lost_nodes(attempt, silent)):
+        if attempt.outcome == "failed" and (lost := self._lost_meanwhile(attempt)):
             attempt.outcome, attempt.cause = "preempted", lost  # no failure of the job: it does not count as one
         if attempt.outcome == "preempted":
             attempt.cause = attempt.cause or self._why_warned()
@@ -279,6 +282,7 @@ class _Supervisor:
             srun.kill()  # waits for a node that is gone
             srun.wait()
         collect_exits(self.run, attempt, waiting)
+        self.missed = missed_by_others(self.run, attempt)
         self._missing(attempt, waiting)
 
     def _give_up(self, attempt: Attempt, hang: Hang, waiting: set[int]) -> None:
@@ -303,7 +307,7 @@ class _Supervisor:
         if not missing:
             return
         self.silent = set(missing)
-        if self._died_of_others(attempt):
+        if self.missed is not None:
             attempt.first_failed = None
         first = attempt.first_failed
         if first is None and not self.terminated:
@@ -319,11 +323,6 @@ class _Supervisor:
             stopped = [] if host == first else ["SIGKILL"]
             one = HostExit(host=host, code=137, signal="SIGKILL", forwarded=stopped, ended=time.time())
             note_exit(self.run, attempt, one)
-
-    def _died_of_others(self, attempt: Attempt) -> bool:
-        """Return whether the first process to fail was ended by jax, as it does when another one is gone or does not come."""
-        first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
-        return first is not None and first.signal == signal.SIGABRT.name and len(self.hosts) > 1
 
     def _wait_for_a_signal(self) -> None:
         received = signal.sigtimedwait(LEAVE_SIGNALS | {signal.SIGCHLD}, POLL_SECONDS)
@@ -408,13 +407,13 @@ class _Supervisor:
             return
         if any(blame.time >= attempt.started for blame in self.record.blames):
             return  # as for a hang: it is known who is to blame
-        if self._died_of_others(attempt):
-            unheard = [host for host in self.hosts if self.run.beat(attempt.number, host) is None]
-            if 0 < len(unheard) < len(self.hosts):
-                host = unheard[0]
-                attempt.first_failed = host
-                attempt.cause = f"process {host} on {attempt.nodes[host]} has not joined the others"
-                self._put_down_to(attempt.nodes[host], attempt.cause)
+        if self.missed is not None:
+            for host in self.missed[:1]:
+                attempt.first_failed, node = host, attempt.nodes[host]
+                never = self.run.beat(attempt.number, host) is None
+                what = "has not joined the others" if never else "sent no heartbeats any more"
+                attempt.cause = f"process {host} on {node} {what}"
+                self._put_down_to(node, attempt.cause)
             return
         first = next((one for one in attempt.exits if one.host == attempt.first_failed), None)
         if first is None or first.node is None or first.signal is None or first.signal in first.forwarded:
@@ -435,12 +434,20 @@ class _Supervisor:
                 attempt.cause = self._blame_lost_nodes(attempt) or "Slurm took it from its nodes"
                 self.run.append_event("preempted", attempt=attempt.number, cause=attempt.cause)
 
+    def _lost_meanwhile(self, attempt: Attempt) -> str | None:
+        """Note the nodes of processes that were missed, if Slurm finds them gone as well; return a line about them."""
+        gone = {attempt.nodes[host] for host in [*self.silent, *(self.missed or [])]}
+        deadline = time.monotonic() + (LOST_SECONDS if self.missed else 0.0)
+        while (lost := self._blame_lost_nodes(attempt, gone)) is None and time.monotonic() < deadline:
+            time.sleep(1)
+        return lost
+
     def _blame_lost_nodes(self, attempt: Attempt, among: set[str] | None = None) -> str | None:
         """Note the nodes of an attempt, or those `among` them, that are down; return a line about them, None where there are
         none."""
         known = {blame.node for blame in self.record.blames if blame.time >= attempt.started}
         nodes = [node for node in dict.fromkeys(attempt.nodes) if among is None or node in among]
-        down = [node for node in nodes if _is_down(node)]
+        down = _down(nodes)
         for node in down:
             if node not in known:
                 self.record.blames.append(Blame(node=node, reason="it went down", time=time.time()))
@@ -513,12 +520,16 @@ def _first_complaint(log: Path) -> tuple[str, int] | None:
     return (found.group(1), int(found.group(2))) if found else None
 
 
-def _is_down(node: str) -> bool:
+def _down(nodes: Sequence[str]) -> list[str]:
+    """Return those of some nodes that Slurm takes for gone, or has had no answer from."""
+    if not nodes:
+        return []
     try:
-        state = re.search(r"State=(\S+)", ask("scontrol", "-o", "show", "node", node))
+        text = ask("scontrol", "-o", "show", "node", ",".join(nodes))
     except NoAnswerError:
-        return False
-    return state is not None and any(word in state.group(1) for word in ("DOWN", "NOT_RESPONDING", "*"))
+        return []
+    states = dict(re.findall(r"^NodeName=(\S+) .*?\bState=(\S+)", text, re.MULTILINE))
+    return [node for node in nodes if any(word in states.get(node, "") for word in ("DOWN", "NOT_RESPONDING", "*"))]
 
 
 if __name__ == "__main__":
