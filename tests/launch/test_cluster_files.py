@@ -1,6 +1,7 @@
 """The cluster files that are shipped, their schema for editors, and what a user is told who gets a Slurm one wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_mistakes_in_tpu_files_are_told_in_one_line(tmp_path: Path, text: str, e
         load_cluster(str(tmp_path / "c.yaml"))
     assert expected in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "loaded"), [("local", []), ("slurm-h100", ["submitit"]), ("tpu-v5-256", ["google.cloud.tpu_v2"])]
+)
+def test_only_what_the_cluster_needs_is_loaded(tmp_path: Path, cluster: str, loaded: list[str]) -> None:
+    program = """
+import sys
+from launch.submit import main
+main(["--cluster", sys.argv[1], "--dry-run"])
+print([name for name in ("jax", "xmanager", "submitit", "google.cloud.tpu_v2") if name in sys.modules])
+"""
+    env = {"PYTHONPATH": str(CLUSTER_DIR.parent), "HOME": str(tmp_path), "PATH": os.defpath}
+    command = [sys.executable, "-c", program, cluster]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [str(loaded)], done.stderr
 
 
 @pytest.mark.parametrize("zone", ["us-west4-a", "northamerica-northeast1-b", "us-central1-ai1a"])
