@@ -88,6 +88,7 @@ class Report:
 
     Attributes:
         fits: whether the compiler could place the program; None where it does not know the memory (CPU devices).
+        accumulation: parts that each device's share of the batch is worked through in.
         model_flops: of one update over all devices, as MFU counts them.
         flops: those that the compiled program does, recomputation and padding included; None if it does not fit.
         bytes_accessed: between the memory and the cores, likewise.
@@ -104,6 +105,7 @@ class Report:
     mesh: dict[str, int]
     batch_size: int
     batch_shards: int
+    accumulation: int
     fits: bool | None
     memory: Memory
     model_flops: float
@@ -302,6 +304,7 @@ def compile_step(task: BaseTask, job: str, devices: Sequence[jax.Device], assume
         mesh=dict(mesh.shape),
         batch_size=config.batch_size,
         batch_shards=mesh.shape["data"] * mesh.shape["fsdp"],
+        accumulation=config.grad_accumulation_steps,
         fits=None if device.platform == "cpu" else compiled is not None,
         memory=memory,
         model_flops=step_flops(task, definition, frozen, batch),

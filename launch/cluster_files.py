@@ -119,7 +119,7 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callabl
     if not isinstance(backend, str) or backend not in BACKENDS:
         hint = did_you_mean(str(backend)[:99], BACKENDS)
         problem = "the key is missing" if backend is None else f"unknown value {shown(backend)}{hint}"
-        raise UserError(f"{where('backend')}: backend: {problem} (there are: {', '.join(BACKENDS)})")
+        raise UserError(f"{_named(where('backend'), 'backend')}: {problem} (there are: {', '.join(BACKENDS)})")
     schema = BACKENDS[backend]
     for key, value in values.items():
         try:
@@ -127,7 +127,7 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], origin: Callabl
         except ValueError as error:
             # The error has the text in it, which may be a secret.
             hidden = "a name or a value has characters in it that cannot be passed on, such as control characters"
-            raise UserError(f"{where(key)}: {key}: {hidden if key in ('env', 'secrets') else error}") from error
+            raise UserError(f"{_named(where(key), key)}: {hidden if key in ('env', 'secrets') else error}") from error
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -148,6 +148,11 @@ def _check_passable(value: Any, *, env: bool = False) -> None:
         _check_passable(part, env=env)
 
 
+def _named(where: str, key: str) -> str:
+    """Say a key's place and, unless that has it already, its name."""
+    return where if where == f"--set {key}" else f"{where}: {key}"
+
+
 def _one_line(error: ValidationError, schema: type[AnyCluster], where: Callable[[str], str]) -> str:
     """Turn the first complaint of pydantic into the line a user reads; a misspelt key comes before all others."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -158,7 +163,7 @@ def _one_line(error: ValidationError, schema: type[AnyCluster], where: Callable[
     if first["type"] == "extra_forbidden":
         return f"{where(key)}: unknown key {shown(key)}{did_you_mean(key[:99], keys)} (keys: {', '.join(sorted(keys))})"
     if first["type"] == "value_error":
-        return f"{where(key)}: {key}: {first['msg'].removeprefix('Value error, ')}"
+        return f"{_named(where(key), key)}: {first['msg'].removeprefix('Value error, ')}"
     inside = ".".join(map(str, first["loc"])) if key == "env" else key
     found = f"{inside} is {shown(first['input'])}"
     if key == "secrets" or SECRET_NAME.search(found):  # perhaps with its value in it

@@ -12,7 +12,7 @@ from launch.objects import in_parallel
 from launch.outcome import nodes_to_exclude
 from launch.plan import Plan
 from launch.record import Attempt, RunRecord
-from launch.run_dir import RunDir, last_json_lines
+from launch.run_dir import RunDir, is_count, last_json_lines, read_json
 from launch.stragglers import findings, recent_paces, slow_devices
 from launch.text import printable
 
@@ -32,7 +32,7 @@ def progress_line(run: RunDir, record: RunRecord, plan: Plan) -> str:
     if step is None:
         return "no step logged yet"
     words = [f"step {step:.0f}"]
-    total = number_of_steps(plan)
+    total = number_of_steps(run, plan)
     if total is not None:
         words[0] += f" of {total}"
     if (loss := number(metrics.get("loss"))) is not None:
@@ -73,14 +73,20 @@ def host_lines(run: RunDir, record: RunRecord) -> list[str]:
     return [*late, *(slow_devices(run.events(), attempt) if attempt.processes > 1 else [])]
 
 
-def number_of_steps(plan: Plan) -> int | None:
-    """Return the last `--num_steps` among the job's arguments, cut by `--stop_at_step`; None when it is not given."""
+def number_of_steps(run: RunDir, plan: Plan) -> int | None:
+    """Return at which step the job finishes: the last `--num_steps` among its arguments, cut by `--stop_at_step`; where none
+    was typed, as the job itself has noted. None when neither says it."""
     text = "\0".join(plan.arguments).replace("=", "\0")
-    found = {
-        name: [int(n) for n in re.findall(rf"(?:^|\0)--{name}\0(\d+)(?=\0|$)", text)]
+    total, stop = (
+        next((int(n) for n in reversed(re.findall(rf"(?:^|\0)--{name}\0(\d{{1,15}})(?=\0|$)", text))), None)
         for name in ("num[_-]steps", "stop[_-]at[_-]step")
-    }
-    return min((numbers[-1] for numbers in found.values() if numbers), default=None)
+    )
+    if total is None:  # looked up only then: in a bucket it is another request
+        noted = (read_json(run.config) or {}).get("config")
+        options = noted if isinstance(noted, dict) else {}
+        total = steps if is_count(steps := options.get("num_steps")) else None
+        stop = steps if stop is None and is_count(steps := options.get("stop_at_step")) else stop
+    return min((number for number in (total, stop) if number), default=None)  # 0 means none
 
 
 def attempt_line(attempt: Attempt, *, otherwise: str) -> str:

@@ -10,18 +10,18 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.cache import prune, used
-from launch.config import AnyCluster, LocalCluster, SlurmCluster
+from launch.config import AnyCluster, CloudTpuCluster, LocalCluster, SlurmCluster
 from launch.errors import EXIT_USER_ERROR, UserError
 from launch.options import Job
 from launch.paths import REPOSITORY
@@ -29,18 +29,27 @@ from launch.plan import scrubbed
 from launch.request import Request, checked_plan
 from launch.topology import DCN_BANDWIDTH, find_gpu, find_tpu
 
-# Options that leave the compiled program as it is, or change a constant in it.
-_IRRELEVANT = {
-    "ckpt_dir", "restore_ckpt", "num_workers", "seed", "num_steps", "stop_at_step", "init_lr", "max_lr", "decay_end",
-    "lr_schedule", "warmup_steps", "wsd_decay_steps", "adam_b1", "adam_b2", "weight_decay", "log", "tensorboard", "name",
-    "project", "entity", "tags", "log_interval", "profile_steps", "log_checkpoint_interval", "log_checkpoint_keep_period",
-    "keep_checkpoints", "save_every_minutes", "keep_best", "best_metric", "best_mode", "max_skipped", "max_rollbacks",
-    "replay_step", "val_data_dir", "val_interval", "val_steps", "eval_full_frame",
+# Options that leave the compiled program as it is, or change a constant in it, each with the values that every job takes for
+# it; None are flags. Another value counts as another program: the job is asked again, and refuses it if it is wrong. Whether
+# several of them go together only the job knows, and says when it compiles or starts.
+_COUNT, _POSITIVE, _TEXT = r"\d{1,15}", r"0*[1-9]\d{0,14}", r".+"
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?"
+_IRRELEVANT: dict[str, str | None] = {
+    "restore_ckpt": None, "log": None, "tensorboard": None, "eval_full_frame": None,
+    "num_workers": _COUNT, "seed": _COUNT, "stop_at_step": _COUNT, "warmup_steps": _COUNT, "wsd_decay_steps": _COUNT,
+    "log_checkpoint_keep_period": _COUNT, "keep_best": _COUNT, "replay_step": _COUNT,
+    "num_steps": _POSITIVE, "log_interval": _POSITIVE, "log_checkpoint_interval": _POSITIVE, "keep_checkpoints": _POSITIVE,
+    "val_interval": _POSITIVE, "val_steps": _POSITIVE, "max_skipped": _POSITIVE, "max_rollbacks": _POSITIVE,
+    "init_lr": _NUMBER, "max_lr": _NUMBER, "decay_end": _NUMBER, "adam_b1": _NUMBER, "adam_b2": _NUMBER,
+    "weight_decay": _NUMBER, "save_every_minutes": _NUMBER,
+    "lr_schedule": "wsd|cos", "best_mode": "min|max", "profile_steps": r"\d+:\d+",
+    "ckpt_dir": _TEXT, "val_data_dir": _TEXT, "name": _TEXT, "project": _TEXT, "entity": _TEXT, "tags": _TEXT,
+    "best_metric": _TEXT,
 }  # fmt: skip
 # Of the shell or the cluster file: what would make another program of it, or another device.
 _NOT_HERE = {"JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"}
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_ATTEMPTS = 6
+_OF_COMPILERS = ("JAX_", "XLA_", "LIBTPU_")
 KEPT = 500  # answers, of a few KiB each
 _ROOM = 0.95  # of the memory: what a prediction may fill before it is worth compiling
 
@@ -162,12 +171,7 @@ class Compiler:
 
     def _compile(self, arguments: Sequence[str]) -> dict[str, Any]:
         command = [self.python, "-m", "jasmine.compile", *self.target.arguments, str(self.job.script), "--", *arguments]
-        env = {name: value for name, value in scrubbed(os.environ).items() if name not in _FLAGS}
-        env = {name: value for name, value in (env | dict(self.env)).items() if name not in _NOT_HERE}
-        env |= {"PYTHONPATH": str(REPOSITORY), "NO_GCE_CHECK": "true"}
-        if "://" not in self.storage:
-            env["JASMINE_STORAGE"] = self.storage
-        done = subprocess.run(command, cwd=self.cwd, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.cwd, env=self._environment(), capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
         said = done.stderr.strip().splitlines() or ["no message"]
@@ -181,6 +185,12 @@ class Compiler:
             f"on, and report this:\n" + "\n".join(said[-20:])
         )
 
+    def _environment(self) -> dict[str, str]:
+        env = {name: value for name, value in scrubbed(os.environ).items() if name not in _FLAGS}
+        env = {name: value for name, value in (env | dict(self.env)).items() if name not in _NOT_HERE}
+        env |= {"PYTHONPATH": str(REPOSITORY), "NO_GCE_CHECK": "true"}
+        return env if "://" in self.storage else env | {"JASMINE_STORAGE": self.storage}
+
     def _remembered(self, arguments: Sequence[str]) -> Path | None:
         chosen = os.environ.get("JASMINE_PREFLIGHT_CACHE_DIR", "~/.cache/jasmine/preflight")
         if not chosen:
@@ -192,7 +202,12 @@ class Compiler:
             "job": self.job.name,
             "arguments": [_with_stamp(group, self.cwd, self.storage) for group in relevant(arguments)],
             "target": self.target.arguments,
-            "flags": [self.env.get(name) for name in _FLAGS],
+            # All of the cluster file's: a job may read any. Of the shell's, what the compilers read.
+            "environment": {
+                name: value
+                for name, value in self._environment().items()
+                if name in self.env or name.startswith(_OF_COMPILERS)
+            },
             "versions": _versions(self.python),
         }
         digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -200,16 +215,27 @@ class Compiler:
 
 
 def relevant(arguments: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the options that the program depends on, each with its values, in order of their names."""
-    groups: list[list[str]] = []
+    """Return the options that the program depends on, each with its values, in order of their names; of one that is given
+    several times, or once as `--no_…`, the last counts."""
+    groups: list[list[str]] = [[""]]  # words that belong to no option
     for word in arguments:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             groups.append([name.replace("-", "_"), *([value] if equals else [])])
-        elif groups:
+        else:
             groups[-1].append(word)
-    last = {group[0]: tuple(group) for group in groups}
-    return sorted(group for name, group in last.items() if name.removeprefix("no_") not in _IRRELEVANT)
+    last = {re.sub(r"(^|\.)no_", r"\1", name): (name, *values) for name, *values in groups}
+    return sorted(group for option, group in last.items() if not _leaves_it(option, group[1:]) and group != ("",))
+
+
+def _leaves_it(option: str, values: tuple[str, ...]) -> bool:
+    """Whether the program is the same without this, and the job takes it."""
+    if option not in _IRRELEVANT:
+        return False
+    pattern = _IRRELEVANT[option]
+    if pattern is None:
+        return not values
+    return (len(values) == 1 or option == "tags") and all(re.fullmatch(pattern, value, re.I) for value in values)
 
 
 def _with_stamp(group: tuple[str, ...], cwd: Path, storage: str) -> list[Any]:
@@ -294,6 +320,11 @@ def fits(report: Mapping[str, Any], target: Target) -> bool:
     return target.chip is None or state_bytes(report) <= target.chip.memory_bytes
 
 
+def _certain_bytes(report: Mapping[str, Any]) -> int:
+    """Return the bytes that `fits` goes by."""
+    return report["memory"]["needed"] if report["fits"] is not None else state_bytes(report)
+
+
 def state_bytes(report: Mapping[str, Any]) -> int:
     """Return the bytes of parameters and optimizer state on each device."""
     return sum(
@@ -306,26 +337,85 @@ def memory_limit(report: Mapping[str, Any], target: Target) -> int | None:
     return report["memory"]["limit"] or (target.chip.memory_bytes if target.chip else None)
 
 
-def nearest(report: Mapping[str, Any], target: Target) -> Iterator[tuple[str, ...]]:
-    """Options to try where a step does not fit, nearest first: parameters split further, activations computed again, a
-    smaller batch. What a change saves is guessed; whether it is enough, the compiler says."""
+Change = tuple[str, ...]
+
+
+def nearest(
+    arguments: Sequence[str],
+    report: Mapping[str, Any],
+    target: Target,
+    ask: Callable[[Change], Mapping[str, Any] | None],
+) -> tuple[Change, Mapping[str, Any] | None]:
+    """Look for settings with which a step fits that does not: parameters split further, activations computed again, and at
+    last a smaller batch. What a change saves is guessed; whether it is enough, the compiler says.
+
+    Args:
+        arguments: the job's.
+        report: of the step with these.
+        ask: compiles with some options more, which takes a minute; None where the job refuses them.
+
+    Returns:
+        The options, and their report; or the last ones that did not do (`()`: there are none worth trying), and None.
+    """
     limit = memory_limit(report, target)
     assert limit is not None
-    state, fsdp = state_bytes(report), report["mesh"]["fsdp"]
-    rest = report["memory"]["needed"] - state
-    most = target.chips_per_slice // report["mesh"]["tensor"]
+    state, fsdp, tensor = state_bytes(report), report["mesh"]["fsdp"], report["mesh"]["tensor"]
+    rest = _certain_bytes(report) - state
+    most = target.chips_per_slice // tensor
     wider = [fsdp * 2**power for power in range(1, 20) if fsdp * 2**power <= most and most % (fsdp * 2**power) == 0]
-    enough = [size for size in wider if state * fsdp / size + rest <= _ROOM * limit]
-    split: list[tuple[str, ...]] = [(f"--mesh.fsdp={size}",) for size in [*enough[:1], *wider[-1:]]]
-    widest = split[-1] if split else ()
-    batches = [
-        report["batch_size"] // 2**power
-        for power in range(1, 20)
-        if report["batch_size"] % (2**power * report["batch_shards"]) == 0
-    ]
-    tried = [*split, ("--remat=full",), (*widest, "--remat=full")]
-    tried += [(*widest, "--remat=full", f"--batch_size={batch}") for batch in batches]
-    yield from dict.fromkeys(tried)
+    possible = [size for size in wider if state * fsdp / size <= limit]
+    enough = [size for size in possible if state * fsdp / size + rest <= _ROOM * limit]
+    given = {name: values for name, *values in relevant(arguments)}
+    freed: Change = ("--mesh.data=-1",) if given.get("mesh.data", ["-1"]) != ["-1"] else ()
+    freed += (f"--mesh.tensor={tensor}",) if given.get("mesh.tensor") == ["-1"] else ()
+
+    best: Change = ()  # of those that do not do
+    for size in dict.fromkeys([*enough[:1], *possible[-1:]]):
+        change = (f"--mesh.fsdp={size}", *freed)
+        if (found := ask(change)) is not None:
+            if fits(found, target):
+                return change, found
+            best, report = change, found
+    if target.estimate or state_bytes(report) > limit:  # nothing else makes that less
+        return best, None
+    again = ("--remat=full",)
+    for change in dict.fromkeys([*([again] if state <= limit else []), (*best, *again)]):
+        if (found := ask(change)) is not None:
+            if fits(found, target):
+                return change, found
+            best, report = change, found
+    return _smaller_batch(best, report, limit, target, ask)
+
+
+def _smaller_batch(
+    best: Change,
+    report: Mapping[str, Any],
+    limit: int,
+    target: Target,
+    ask: Callable[[Change], Mapping[str, Any] | None],
+) -> tuple[Change, Mapping[str, Any] | None]:
+    """Try what should fit by a line through what is known, twice, and then one clip to each device, in each of its parts."""
+    unit = report["batch_shards"] * report["accumulation"]
+    batch, needed, fixed = report["batch_size"], report["memory"]["needed"], float(state_bytes(report))
+    halves = [batch // 2**power // unit * unit for power in range(1, 30)]
+    sizes = [size for size in dict.fromkeys([*halves, unit]) if 0 < size < batch]
+    each, change = (needed - fixed) / batch, best
+    for tries_left in (2, 1, 0):
+        if not sizes:
+            break
+        likely = [size for size in sizes if fixed + each * size <= _ROOM * limit] if tries_left else []
+        size = (likely or sizes[-1:])[0]
+        sizes = [smaller for smaller in sizes if smaller < size]
+        change = (*best, f"--batch_size={size}")
+        found = ask(change)
+        if found is None:
+            continue
+        if fits(found, target):
+            return change, found
+        if (slope := (needed - found["memory"]["needed"]) / (batch - size)) > 0:
+            each, fixed = slope, found["memory"]["needed"] - slope * size
+        batch, needed = size, found["memory"]["needed"]
+    return change, None
 
 
 def warnings(report: Mapping[str, Any], target: Target, least: Bound | None) -> list[str]:
@@ -410,7 +500,7 @@ def preflight(requests: Sequence[Request]) -> None:
     told = set()
     for request in requests:
         target = target_of(request.settings)
-        key = (request.job, target, tuple(relevant(request.arguments)))
+        key = (request.job, target, tuple(relevant(request.arguments)), tuple(sorted(request.settings.env.items())))
         if key in told:
             continue
         told.add(key)
@@ -426,21 +516,31 @@ def check(job: Job, arguments: Sequence[str], target: Target, compiler: Compiler
         return report
     limit = memory_limit(report, target)
     assert limit is not None
-    needed = report["memory"]["needed"] if report["fits"] is False else state_bytes(report)
-    problem = f"{job.name} does not fit {target.description}: {_size(needed)} of {_size(limit)} on each {target.unit}"
-    for change in itertools.islice(nearest(report, target), _ATTEMPTS):
-        shown = " ".join(change)
-        found, _ = compiler.ask([*arguments, *change], announce=f"{job.name}: does {shown} fit?")
-        if fits(found, target):
-            raise UserError(f"{problem}; with {shown} it does, in {_size(found['memory']['needed'])}")
-    raise UserError(
-        f"{problem}, and neither does it with parameters split over a whole slice, --remat=full and a smaller batch; take "
-        "chips with more memory, or a smaller model"
-    )
+    needed = _size(_certain_bytes(report))
+    problem = f"{job.name} does not fit {target.description}: {needed} of {_size(limit)} on each {target.unit}"
+    known = {tuple(relevant(arguments)): report}
+
+    def ask(change: Change) -> Mapping[str, Any] | None:
+        all_of_them = [*arguments, *change]
+        key = tuple(relevant(all_of_them))
+        if key not in known:
+            try:
+                known[key], _ = compiler.ask(all_of_them, announce=f"{job.name}: does {' '.join(change)} fit?")
+            except UserError:  # of a suggestion, not of what the user asked
+                return None
+        return known[key]
+
+    change, found = nearest(arguments, report, target, ask)
+    if found is not None:
+        raise UserError(f"{problem}; with {' '.join(change)} it does, in {_size(_certain_bytes(found))}")
+    tried = f"neither does it with {' '.join(change)}" if change else "no other setting makes it fit"
+    raise UserError(f"{problem}, and {tried}; take chips with more memory, or a smaller model")
 
 
 def _compiler(request: Request, target: Target) -> Compiler:
-    python = request.settings.python and os.path.expanduser(os.path.expandvars(request.settings.python))
+    # On a Cloud TPU it is a path on the VMs, whatever may be there on this machine.
+    chosen = None if isinstance(request.settings, CloudTpuCluster) else request.settings.python
+    python = chosen and os.path.expanduser(os.path.expandvars(chosen))
     return Compiler(
         request.job,
         request.cwd,

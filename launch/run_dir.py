@@ -15,7 +15,7 @@
         slurm/                       what was submitted to Slurm: the script, and the job's id in `job`
         .lock                        held while anything of the run lives (in Cloud Storage `.lease`, see `launch.lease`)
         cancel                       present: the supervisor is asked to stop the run
-        metrics.jsonl, checkpoints/  written by the job
+        config.json, metrics.jsonl, checkpoints/    written by the job
 
 The layout is the same on a disk and in Cloud Storage (`launch.objects`).
 
@@ -80,6 +80,11 @@ class RunDir:
     def metrics(self) -> Path:
         """The job's `metrics.jsonl`."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The job's `config.json`: its options as it uses them; absent until it has begun."""
+        return self.root / "config.json"
 
     @property
     def supervisor_log(self) -> Path:

@@ -145,22 +145,29 @@ def find_tpu(name: str) -> TpuType:
     """Return the accelerator type called `name`.
 
     Raises:
-        UserError: there is none; names what was probably meant, and why TPU7x cannot be had here.
+        UserError: there is none; names what was probably meant, and why TPU7x, v2 and v3 cannot be had here.
     """
     types = tpu_types()
     if name in types:
         return types[name]
-    if re.match(r"(tpu|v)-?7", name, re.IGNORECASE):
+    meant = re.sub(r"^tpu-", "", name.strip().lower().replace("_", "-"))
+    if re.match(r"(tpu|v)-?7", meant):
         raise UserError(
             f"accelerator_type {name!r}: the Cloud TPU API ends with v6e; TPU7x and later are rented through GKE, which this "
             "backend does not speak"
         )
-    if found := re.fullmatch(r"v5-(\d+)", name):
+    if re.match(r"v[23](-|$)", meant):
+        names, oldest = ", ".join(one.name for one in GENERATIONS), types["v4-8"]
+        raise UserError(
+            f"accelerator_type {name!r}: TPU v2 and v3 are not supported; there are {names}, from {oldest.name} "
+            f"({oldest.description}) on"
+        )
+    if found := re.fullmatch(r"v5-(\d+)", meant):
         both = [types[other] for other in (f"v5litepod-{found[1]}", f"v5p-{found[1]}") if other in types]
-        meant = " or ".join(f"{one.name} ({one.description})" for one in both) or "v5litepod-256 or v5p-256"
-        raise UserError(f"accelerator_type {name!r} could be two things: write {meant}")
+        choice = " or ".join(f"{one.name} ({one.description})" for one in both) or "v5litepod-256 or v5p-256"
+        raise UserError(f"accelerator_type {name!r} could be two things: write {choice}")
     by_name = {alias: one for one in GENERATIONS for alias in (one.prefix, one.name)}
-    prefix, _, digits = name.partition("-")
+    prefix, _, digits = meant.partition("-")
     generation = by_name.get(prefix)
     if generation is not None and digits.isdecimal():
         size = int(digits)
@@ -175,7 +182,7 @@ def find_tpu(name: str) -> TpuType:
             f"accelerator_type {name!r}: there is none of that size; {generation.prefix} counts {unit}, in {sizes}; "
             f"the nearest is {one.name} ({one.description})"
         )
-    near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(meant, types, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     prefixes = ", ".join(f"{one.prefix}-N" for one in GENERATIONS)
     raise UserError(f"accelerator_type {name!r} is unknown{hint} (there are: {prefixes})")

@@ -26,6 +26,7 @@ SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW(OR)?D|PASSPHRASE", re.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ID = re.compile(r"[a-z0-9]([a-z0-9.:_-]*[a-z0-9])?", re.IGNORECASE)
 _SLURM_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+_ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z0-9]+")
 _LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -113,6 +114,12 @@ def _a_project(text: str) -> str:
     return text if "$" in text else _an_id(text)
 
 
+def _a_zone(text: str) -> str:
+    if not _ZONE.fullmatch(text):
+        raise ValueError(f"{shown(text)} is no zone of Google Cloud; write one such as us-west4-a")
+    return text
+
+
 def _a_tpu(name: str) -> str:
     if len(name) > 40:
         raise ValueError(f"{shown(name)} is too long for a type of TPU")
@@ -150,5 +157,5 @@ SecretsOfVms = Annotated[Secrets, AfterValidator(_secrets_of_a_vm)]
 TpuName = Annotated[str, AfterValidator(_a_tpu)]
 # A variable that is not set stays as it is: a dry run shows it, a submission refuses it.
 Project = Annotated[Text, AfterValidator(os.path.expandvars), AfterValidator(_a_project)]
-Zones = Annotated[list[Annotated[str, AfterValidator(_an_id)]], Field(min_length=1), BeforeValidator(_one_as_list)]
+Zones = Annotated[list[Annotated[str, AfterValidator(_a_zone)]], Field(min_length=1), BeforeValidator(_one_as_list)]
 Labels = Annotated[dict[str, str], AfterValidator(_labels)]

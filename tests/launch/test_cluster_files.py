@@ -1,6 +1,7 @@
 """The cluster files that are shipped, their schema for editors, and what a user is told who gets a Slurm one wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_tpu_files_are_what_their_names_say(name: str, chips: int, vms: int) -> 
         ("labels: {Team: World}", "labels are lower-case letters"),
         ("provisioning: cheap", "expected 'on-demand', 'spot' or 'reserved'"),
         ("zone: []", "zone is []; expected a zone such as us-west4-a"),
+        ("zone: uswest", "zone: 'uswest' is no zone of Google Cloud; write one such as us-west4-a"),
+        ("zone: us-west4", "zone: 'us-west4' is no zone"),
+        ("zone: [us-west4-a, us_west4_b]", "zone: 'us_west4_b' is no zone"),
     ],
 )
 def test_mistakes_in_tpu_files_are_told_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
@@ -71,6 +75,46 @@ def test_mistakes_in_tpu_files_are_told_in_one_line(tmp_path: Path, text: str, e
         load_cluster(str(tmp_path / "c.yaml"))
     assert expected in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "loaded"), [("local", []), ("slurm-h100", ["submitit"]), ("tpu-v5-256", ["google.cloud.tpu_v2"])]
+)
+def test_only_what_the_cluster_needs_is_loaded(tmp_path: Path, cluster: str, loaded: list[str]) -> None:
+    program = """
+import sys
+from launch.submit import main
+main(["--cluster", sys.argv[1], "--dry-run"])
+print([name for name in ("jax", "xmanager", "submitit", "google.cloud.tpu_v2") if name in sys.modules])
+"""
+    env = {"PYTHONPATH": str(CLUSTER_DIR.parent), "HOME": str(tmp_path), "PATH": os.defpath}
+    command = [sys.executable, "-c", program, cluster]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [str(loaded)], done.stderr
+
+
+@pytest.mark.parametrize("zone", ["us-west4-a", "northamerica-northeast1-b", "us-central1-ai1a"])
+def test_real_zones_are_taken(zone: str) -> None:
+    _, settings = load_cluster("tpu-v5-16", [f"zone={zone}"])
+    assert isinstance(settings, CloudTpuCluster)
+    assert settings.zone == [zone]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "accelerator_type=tpu-v5e-16",
+            "--set accelerator_type: 'tpu-v5e-16': the Cloud TPU API calls it v5litepod-16",
+        ),
+        ("zone=uswest", "--set zone: 'uswest' is no zone"),
+        ("backend=slrum", "--set backend: unknown value 'slrum'; did you mean 'slurm'?"),
+    ],
+)
+def test_a_wrong_override_names_its_key_once(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_cluster("tpu-v5-16", [override])
+    assert str(refused.value).startswith(expected)
 
 
 @pytest.mark.parametrize(

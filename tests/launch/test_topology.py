@@ -3,7 +3,7 @@
 import pytest
 
 from launch.errors import UserError
-from launch.topology import find_tpu, tpu_types
+from launch.topology import GENERATIONS, find_tpu, tpu_types
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,27 @@ def test_descriptions_say_what_a_name_counts() -> None:
     ("name", "words"),
     [
         ("v5-256", ["v5litepod-256 (256 v5e chips on 64 VMs)", "v5p-256 (128 v5p chips (256 TensorCores) on 32 VMs)"]),
+        (
+            "tpu-v5-256",
+            ["v5litepod-256 (256 v5e chips on 64 VMs)", "v5p-256 (128 v5p chips (256 TensorCores) on 32 VMs)"],
+        ),
+        ("v5-4", ["write v5litepod-4 (4 v5e chips on 1 VM)"]),
         ("v5e-256", ["calls it v5litepod-256"]),
+        ("tpu-v5e-16", ["'tpu-v5e-16'", "calls it v5litepod-16 (16 v5e chips on 4 VMs)"]),
+        ("TPU_V5E-16", ["'TPU_V5E-16'", "calls it v5litepod-16"]),
+        ("V5litepod_16", ["calls it v5litepod-16"]),
+        ("tpu-v6e-200", ["the nearest is v6e-256"]),
+        (
+            "v2-8",
+            ["v2 and v3 are not supported", "v4, v5e, v5p, v6e", "from v4-8 (4 v4 chips (8 TensorCores) on 1 VM) on"],
+        ),
+        ("tpu-v3-32", ["v2 and v3 are not supported"]),
         ("v4-4", ["TensorCores, two on each chip", "nearest is v4-8 (4 v4 chips"]),
         ("v5litepod-200", ["counts chips", "nearest is v5litepod-256"]),
         ("v5litpod-16", ["did you mean 'v5litepod-16'?"]),
         ("tpu7x-128", ["GKE"]),
         ("v7x-8", ["GKE"]),
+        ("tpu-v7x-8", ["GKE"]),
         ("h100", ["unknown", "v5litepod-N"]),
     ],
 )
@@ -57,3 +72,13 @@ def test_wrong_names(name: str, words: list[str]) -> None:
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_image_that_a_vm_boots_is_that_of_its_generation() -> None:
+    """As the Cloud TPU API calls them; another generation's image does not boot."""
+    assert {one.name: one.runtime for one in GENERATIONS} == {
+        "v4": "tpu-ubuntu2204-base",
+        "v5e": "v2-alpha-tpuv5-lite",
+        "v5p": "v2-alpha-tpuv5",
+        "v6e": "v2-alpha-tpuv6e",
+    }
