@@ -40,6 +40,8 @@ INIT_TIMEOUT_SECONDS = 1800
 # How long a host may be silent before its peers give up. Training blocks no heartbeat: it has a thread of its own.
 HEARTBEAT_SECONDS = 60
 SHUTDOWN_SECONDS = 60
+# A name that is not known now may be in a minute, on a machine that has just booted; later it is a mistake.
+RESOLVE_SECONDS = 60
 # What a process that fails waits at most for storage to take its last lines.
 LAST_LINES_SECONDS = 10
 
@@ -183,13 +185,19 @@ def initialize() -> None:
 def _wait_for_coordinator(found: Rendezvous, timeout: float) -> None:
     """Waits until somebody listens at the coordinator's address. Jax would wait as well, but end by aborting."""
     host, _, port = str(found.coordinator).rpartition(":")
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begin
+            if isinstance(error, socket.gaierror) and waited > min(timeout, RESOLVE_SECONDS):
+                raise ClusterError(
+                    f"could not join the job: {socket.gethostname()} cannot resolve the name {host} of the node of process 0 "
+                    f"({found.source}): {error.strerror}"
+                ) from error
+            if waited > timeout:
                 raise ClusterError(
                     f"could not join the job: nobody answers at {found.coordinator} ({found.source}) within {timeout:.0f} s: "
                     f"{error.strerror or error}; is process 0 running, and its port reachable from this host?"

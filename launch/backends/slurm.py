@@ -61,6 +61,8 @@ _WAITING = {
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
     "JobHeldUser": "it is held by its owner; `scontrol release` lets it go",
     "JobHeldAdmin": "an administrator holds it",
+    "JobHoldMaxRequeue": "it was put back into the queue so often that Slurm holds it; `scontrol release` lets it go",
+    "launch": "a node could not start it, so Slurm holds it; `scontrol release` lets it go",
     "JobArrayTaskLimit": "as many elements of the sweep as are allowed run already",
     "Reservation": "its reservation has not begun",
     "BadConstraints": "no node has what it asks for (keys: constraint, gpus_per_node, cpus_per_node, memory)",
@@ -149,7 +151,8 @@ def in_container(plan: Plan) -> list[str]:
     image = settings.container
     if image is None:
         return []
-    mounts = [str(Path(plan.run_dir).parent), plan.cwd, *settings.container_mounts]
+    image, *more = (os.path.expanduser(os.path.expandvars(one)) for one in (image, *settings.container_mounts))
+    mounts = [str(Path(plan.run_dir).parent), plan.cwd, *more]
     both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
     if settings.container_runtime == "pyxis":
         return [

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from jasmine.errors import UserError
+from jasmine.errors import ClusterError, UserError
+from jasmine.training import distributed
 from jasmine.training.distributed import find_rendezvous
 from tests.jobs import REPO
 
@@ -14,6 +15,16 @@ def test_alone_without_variables():
     assert find_rendezvous({}) is None
     assert find_rendezvous({"WORLD_SIZE": "1", "RANK": "0"}) is None
     assert find_rendezvous({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+
+
+def test_a_coordinator_whose_name_nobody_knows_is_named_within_a_minute(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    found = distributed.Rendezvous("Slurm step", "node-7.invalid:1234", 2, 1)
+    with pytest.raises(ClusterError, match=r"cannot resolve the name node-7\.invalid of the node of process 0"):
+        distributed._wait_for_coordinator(found, timeout=1800)
+    assert next(clock) < 120
 
 
 def test_explicit_coordinator():
