@@ -44,12 +44,13 @@ from launch.backends.cloud_tpu_api import (
 from launch.cluster_files import cluster_names, load_cluster
 from launch.config import CloudTpuCluster
 from launch.errors import UserError
-from launch.objects import is_object
+from launch.objects import is_object, unreachable
 from launch.plan import Plan, scrubbed
 from launch.record import ACTIVE, RunRecord, State, read_record
 from launch.run_dir import RunDir, read_json, write_atomically, written
 from launch.shipping import log_here
 from launch.snapshot import fetch_code
+from launch.text import printable
 
 # How long a question that a person waits for may take.
 QUERY_SECONDS = 5.0
@@ -108,12 +109,8 @@ def read_resource(run: RunDir) -> Rented | None:
         UserError: what was written down of it is damaged; it must not be taken for none.
     """
     noted = read_json(run.tpu_resource)
-    if noted is None:
-        try:
-            if not run.tpu_resource.exists():
-                return None
-        except FileNotFoundError:  # there is no such bucket: a dry run needs none
-            return None
+    if noted is None and not run.tpu_resource.exists():
+        return None
     try:
         return TypeAdapter(Rented).validate_python(noted)
     except ValidationError as error:
@@ -129,9 +126,8 @@ def write_resource(run: RunDir, rented: Rented) -> None:
     write_atomically(run.tpu_resource, json.dumps(dataclasses.asdict(rented)))
 
 
-def first_resource(run: RunDir, settings: CloudTpuCluster) -> Rented:
-    """Return what a new submission of a run rents first."""
-    last = read_resource(run)
+def first_resource(run: RunDir, settings: CloudTpuCluster, last: Rented | None) -> Rented:
+    """Return what a new submission of a run rents first, after what earlier ones have rented last."""
     number = last.number + 1 if last else 1
     return Rented(resource_id(str(run.root), number), settings.zone[0], number, time.time())
 
@@ -221,16 +217,21 @@ def preview(plans: Sequence[Plan]) -> str:
     )
     shown = []
     for plan in plans:
-        settings = _settings(plan)
-        rented = first_resource(RunDir.at(plan.run_dir), settings)
+        run, settings = RunDir.at(plan.run_dir), _settings(plan)
+        last = read_resource(run) if unreachable(run.root.parent) is None else None
+        rented = first_resource(run, settings, last)
         metadata = metadata_for(plan, settings, rented)
         request = queued_resource(settings, rented.zone, rented.id, metadata, _labels(plan))
         body = json_format.MessageToDict(tpu_v2.QueuedResource.pb(request))
         parent = f"projects/{settings.project}/locations/{rented.zone}"
         call = {"POST": f"/v2/{parent}/queuedResources?queuedResourceId={rented.id}", "body": body}
-        header = f"# {plan.run}: {shape(plan)}; {_billed(settings)}\n"
+        header = f"# {plan.run}: {shape(plan)}; {_billed(settings)}\n# {_one_line(plan)}\n"
         shown.append(header + yaml.dump(call, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6))
     return "---\n".join(shown)
+
+
+def _one_line(plan: Plan) -> str:
+    return printable(shlex.join(["job:", plan.job, *plan.arguments])).replace("\n", "\\n")
 
 
 def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
@@ -283,7 +284,7 @@ def start(plan: Plan) -> None:
         if plan.after:
             run.tpu_resource.unlink(missing_ok=True)  # the watcher begins with the first one of this submission
         else:
-            rent(plan, settings, first_resource(run, settings))
+            rent(plan, settings, first_resource(run, settings, old))
     except NoAnswerError as error:
         raise UserError(f"Cloud TPU does not answer: {error}") from error
     start_watcher(run, plan.code_dir)

@@ -236,7 +236,7 @@ class _Watcher:
                 )
         if self.run.cancel_request.exists():
             return self._end(record, Ending("cancelled", EXIT_SAVED))
-        return self._rent(record, plan, settings, first_resource(self.run, settings))
+        return self._rent(record, plan, settings, first_resource(self.run, settings, None))
 
     def _rent(self, record: RunRecord, plan: Plan, settings: CloudTpuCluster, rented: Rented) -> bool:
         """Ask for a resource; return whether that is refused, which ends the run."""
