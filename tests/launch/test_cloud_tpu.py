@@ -31,19 +31,7 @@ from launch.standing import read_standing
 from tests.clusters.cloud_tpu import CloudTpu, running_cloud_tpu
 from tests.launch.checkouts import Checkout, wait_until
 from tests.launch.conftest import REPOSITORY
-
-CLUSTER = f"""\
-backend: cloud_tpu
-accelerator_type: v5litepod-16
-zone: us-west4-a
-project: lab
-storage: runs
-vm_dir: ~/jasmine
-python: {sys.executable}
-grace_seconds: 20
-boot_timeout: 60
-silent_timeout: 8
-"""
+from tests.launch.tpus import CLUSTER
 
 
 @pytest.fixture
