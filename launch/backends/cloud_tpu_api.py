@@ -245,7 +245,9 @@ class Tpus:
                 except exceptions.NotFound:
                     return True
                 except exceptions.ClientError as error:
-                    if time.monotonic() > deadline:
+                    found = self.get(zone, id)  # somebody else may have asked for that at the same moment
+                    goes = found is None or found.state in ("DELETING", "SUSPENDING")
+                    if not goes and time.monotonic() > deadline:
                         raise NoAnswerError(_words(error)) from error
             if time.monotonic() > deadline:
                 return False

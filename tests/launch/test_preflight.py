@@ -13,7 +13,8 @@ import pytest
 from launch.config import SlurmCluster
 from launch.errors import UserError
 from launch.options import find_job
-from launch.preflight import Compiler, bound, check, fits, nearest, relevant, show, target_of, tpu_target
+from launch.preflight import Compiler, bound, check, fits, nearest, preflight, relevant, show, target_of, tpu_target
+from launch.request import checked_plan, requests_for
 from launch.topology import find_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -101,6 +102,23 @@ def test_the_program_does_not_depend_on_these():
     one = relevant(["--batch-size", "8", "--seed=3", "--log", "--ckpt_dir", "x", "--mesh.fsdp=2", "--batch_size=16"])
     assert one == relevant(["--mesh.fsdp", "2", "--batch_size", "16", "--max_lr=1", "--tags", "a", "b", "--no_log"])
     assert one == [("batch_size", "16"), ("mesh.fsdp", "2")]
+
+
+def test_storage_that_cannot_be_read_is_no_reason_not_to_compile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("launch.request.unreachable", lambda root: "no Google credentials here")
+    asked = []
+    monkeypatch.setattr("launch.preflight.check", lambda *what: asked.append(what))
+    words, given = ["train_tokenizer_vqvae", "--batch_size=256"], ["storage=gs://somebody-s/runs"]
+    options = {"name": "r", "sweep": (), "after": ["other"], "cwd": tmp_path, "reserved": ()}
+    requests = requests_for(words, cluster="tpu-v5-256", overrides=given, **options)
+    preflight(requests)
+    assert len(asked) == 1
+    warning = (
+        "warning: storage gs://somebody-s/runs: cannot be read: no Google credentials here; taken for one without runs"
+    )
+    assert capsys.readouterr().err.splitlines() == [warning]
+    with pytest.raises(UserError, match=r"^storage gs://somebody-s/runs: cannot be read: no Google credentials here$"):
+        checked_plan(requests[0])
 
 
 @pytest.mark.slow
