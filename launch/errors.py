@@ -7,6 +7,7 @@ Everything else is a bug of ours and keeps its traceback.
 
 import argparse
 import difflib
+import functools
 import io
 import os
 import sys
@@ -26,6 +27,17 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the choice nearest to `word`, or `""` when none is near."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@functools.cache
+def notice_once(text: str) -> None:
+    """Write a line to stderr, however often it is given."""
+    print(printable(text), file=sys.stderr)
+
+
+def warn_once(text: str) -> None:
+    """Write a warning to stderr, however often it is given."""
+    notice_once(f"warning: {text}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,16 +1,14 @@
 """Finds runs by what people call them: a name, looked up wherever runs may be, or the path of a directory."""
 
 import contextlib
-import functools
 import glob
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from launch.cluster_files import cluster_names, load_cluster
-from launch.errors import UserError, did_you_mean
-from launch.objects import SCHEME, in_parallel, is_object
+from launch.errors import UserError, did_you_mean, warn_once
+from launch.objects import SCHEME, in_parallel, is_object, unreachable
 from launch.paths import expand_path
 from launch.run_dir import RunDir
 from launch.standing import Standing, read_standing
@@ -26,7 +24,7 @@ def storage_roots(storage: str | None) -> Iterator[Path]:
     given = storage or os.environ.get("JASMINE_STORAGE")
     if given:
         root = expand_path(given, "storage", Path.cwd())
-        if (problem := _unreachable(root)) is not None:
+        if (problem := unreachable(root)) is not None:
             raise UserError(f"storage {root}: {problem}")
         yield root
         return
@@ -39,26 +37,10 @@ def storage_roots(storage: str | None) -> Iterator[Path]:
     for root in sorted(dict.fromkeys(roots), key=is_object):
         if "$" in str(root):
             continue
-        if (problem := _unreachable(root)) is None:
+        if (problem := unreachable(root)) is None:
             yield root
         else:
-            _warn_once(f"{root}: {problem}")
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-@functools.cache
-def _unreachable(root: Path) -> str | None:
-    """Return why a place in Cloud Storage cannot be asked, None where it can."""
-    try:
-        if is_object(root):
-            root.is_dir()
-    except OSError as error:
-        return str(error.strerror)
-    return None
+            warn_once(f"{root}: {problem}")
 
 
 def runs_in(root: Path, pattern: str = "*") -> list[RunDir]:

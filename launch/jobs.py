@@ -1,7 +1,7 @@
 """Watches, stops and continues runs.
 
     python launch/jobs.py list | status RUN | logs RUN [-f] | cancel RUN | resume RUN … | explain RUN
-                             | report RUN [--out FILE.html] | watch RUN | gc [--delete]
+                             | report RUN [--out FILE.html] | watch RUN | gc [--delete [ID …]]
 
 RUN is a run's name, or the path of its directory. Names are looked up under `--storage`, or `JASMINE_STORAGE`, or else
 the `storage:` of every cluster in `cluster_configs/`. What only looks (`list`, `status`, `logs`, `explain`, `report`) changes
@@ -204,9 +204,10 @@ def _cancel(runs: list[tuple[RunDir, RunRecord]]) -> int:
     for run, record in reversed(runs):  # those of a sweep that wait come last, and must not start meanwhile
         settings = _last_plan(run, record).settings
         grace = int(settings["grace_seconds"])
-        backend_named(settings["backend"]).cancel(run, record)
+        backend = backend_named(settings["backend"])
+        backend.cancel(run, record)
         print(f"{run.name}: asked to save and stop; it has {grace} s for that", flush=True)
-        deadlines.append(time.monotonic() + grace + 30)
+        deadlines.append(time.monotonic() + backend.stop_seconds(record))
     for run, _ in runs:
         lives = Watch(run, seconds=0.5)
         while lives():
@@ -265,27 +266,10 @@ def watch(options: argparse.Namespace) -> int:
 
 
 def gc(options: argparse.Namespace) -> int:
-    """List queued resources of ours that no run needs; with --delete, delete them."""
-    from launch.backends.cloud_tpu import leaks
-    from launch.backends.cloud_tpu_api import NoAnswerError, Tpus
+    """List TPUs of ours that no run needs; with --delete, delete them."""
+    from launch.backends.cloud_tpu_leaks import collect
 
-    found = leaks(options.cluster)
-    for leak in found:
-        print(f"{leak.resource.id} in {leak.resource.zone}: {leak.resource.state}, {leak.why}")
-    if not found:
-        print("nothing leaks")
-    if found and not options.delete:
-        print("to delete them, once you have read that: the same with --delete")
-    code = 0
-    for leak in found if options.delete else []:
-        try:
-            gone = Tpus(leak.project).delete(leak.resource.zone, leak.resource.id, wait=120)
-        except NoAnswerError as error:
-            print(f"{leak.resource.id}: Cloud TPU does not answer: {error}")
-            code = 1
-            continue
-        print(f"{leak.resource.id}: {'deleted' if gone else 'is being deleted'}")
-    return code
+    return collect(options.cluster, options.storage, options.delete)
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -410,7 +394,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     collect.add_argument(
         "--cluster", metavar="NAME|FILE", action="append", default=[], help="look there, and not at all clusters"
     )
-    collect.add_argument("--delete", action="store_true", help="delete what is listed")
+    collect.add_argument(
+        "--delete",
+        metavar="ID",
+        nargs="*",
+        help="delete these, or all that are listed and whose runs can be seen from here",
+    )
     return parser, list(commands.choices)
 
 

@@ -62,6 +62,17 @@ def is_patient() -> bool:
     return _patience == LONG_PATIENCE
 
 
+@functools.cache
+def unreachable(root: Path) -> str | None:
+    """Return why a place in Cloud Storage cannot be asked, None where it can; it is asked once."""
+    try:
+        if is_object(root):
+            root.is_dir()
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
 def cache_dir() -> Path:
     """Return where this machine keeps what belongs to runs whose directories are not on its disks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jasmine"

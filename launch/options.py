@@ -21,6 +21,9 @@ from launch.text import shown, told
 
 DEFAULT_JOB = "train_tokenizer_vqvae"
 
+# What it depends on whether a batch splits over the devices.
+_BATCH_OPTIONS = ("batch_size", "grad_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.tensor")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -109,12 +112,11 @@ def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = R
     Raises:
         UserError: the mesh is not of so many devices, or the batch does not split over its data-parallel ones.
     """
-    names = ("batch_size", "grad_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.tensor")
-    values = [_whole_number(job.script, root, arguments, name) for name in names]
+    values = [_whole_number(job.script, root, arguments, name) for name in _BATCH_OPTIONS]
     if job.name not in baselines() or None in values:
         return
     batch, accumulation, *sizes = (value for value in values if value is not None)
-    mesh = " ".join(f"--{name}={size}" for name, size in zip(names[2:], sizes, strict=True))
+    mesh = " ".join(f"--{name}={size}" for name, size in zip(_BATCH_OPTIONS[2:], sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
     if fixed < 1 or devices % fixed or (-1 not in sizes and fixed != devices):
         raise UserError(f"mesh {mesh} does not make the {devices} devices of this cluster; leave --mesh.data at -1")
@@ -126,6 +128,33 @@ def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = R
             f"--batch_size={batch} does not split over the {unit // accumulation} data-parallel devices of this "
             f"cluster{times}; the nearest that does: {f'{below} or ' if below > 0 else ''}{above}"
         )
+
+
+def splitting_batch(
+    job: Job, arguments: Sequence[str], devices: int, root: Path = REPOSITORY
+) -> tuple[int, int] | None:
+    """Return the script's own batch size, where `arguments` leave it at that and it does not split over the cluster's
+    data-parallel devices, and the smallest one above that does; None where there is nothing to choose, or nothing known.
+
+    Args:
+        devices: of all processes of the job.
+    """
+    values = [_whole_number(job.script, root, arguments, name) for name in _BATCH_OPTIONS]
+    if job.name not in baselines() or None in values or given(arguments, "batch_size") is not None:
+        return None
+    batch, accumulation, *_, tensor = (value for value in values if value is not None)
+    unit = devices // max(tensor, 1) * accumulation
+    return None if unit < 1 or batch % unit == 0 else (batch, (batch // unit + 1) * unit)
+
+
+def given(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value that `arguments` give to an option, the last one where there are several; None without any."""
+    text = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        typed, equals, value = argument.partition("=")
+        if typed.startswith("--") and typed.removeprefix("--").replace("-", "_") == name:
+            text = value if equals else following
+    return text
 
 
 def known_options(script: Path, root: Path = REPOSITORY) -> frozenset[str] | None:
@@ -145,12 +174,9 @@ def known_options(script: Path, root: Path = REPOSITORY) -> frozenset[str] | Non
 
 def _whole_number(script: Path, root: Path, arguments: Sequence[str], name: str) -> int | None:
     """Return the value that `arguments` give to an option, or else its default; None where neither is a whole number."""
-    value = (_defaults(script, root) or {}).get(name)
-    text = ast.unparse(value) if value is not None else ""
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        typed, equals, given = argument.partition("=")
-        if typed.startswith("--") and typed.removeprefix("--").replace("-", "_") == name:
-            text = given if equals else following
+    text, value = given(arguments, name), (_defaults(script, root) or {}).get(name)
+    if text is None:
+        text = ast.unparse(value) if value is not None else ""
     try:
         return int(text)
     except ValueError:

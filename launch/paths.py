@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launch.errors import UserError
 from launch.objects import SCHEME, place
+from launch.text import told
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -21,7 +22,8 @@ def expand_path(text: str, key: str, base: Path) -> Path:
     if text.startswith(SCHEME):
         url = os.path.expandvars(text)
         if not re.match(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9]|\$\{?\w+\}?)(/|$)", url):
-            raise UserError(f"{key}: {text}: not a place in Cloud Storage; expected gs://BUCKET/FOLDER")
+            what = text if url == text else f"{told(url)} (from {text})"
+            raise UserError(f"{key}: {what}: not a place in Cloud Storage; expected gs://BUCKET/FOLDER")
         return place(url)
     if "://" in text:
         raise UserError(f"{key}: {text}: expected a directory that every host sees, or gs://BUCKET/FOLDER")

@@ -496,7 +496,7 @@ def preflight(requests: Sequence[Request]) -> None:
         UserError: one does not fit, with the nearest settings that do; or the job would refuse its options there.
     """
     for request in requests:
-        checked_plan(request)  # what would be refused anyway is, before minutes are spent on it
+        checked_plan(request, only_shown=True)  # what would be refused anyway is, before minutes are spent on it
     told = set()
     for request in requests:
         target = target_of(request.settings)

@@ -15,9 +15,9 @@ from pathlib import Path
 from launch.backends import Backend, backend_named
 from launch.cluster_files import load_cluster
 from launch.config import AnyCluster
-from launch.errors import UserError
-from launch.objects import is_object
-from launch.options import DEFAULT_JOB, Job, check_batch, check_options, find_job
+from launch.errors import UserError, notice_once, warn_once
+from launch.objects import is_object, unreachable
+from launch.options import DEFAULT_JOB, Job, baselines, check_batch, check_options, find_job, given, splitting_batch
 from launch.paths import REPOSITORY, expand_path
 from launch.pipeline import fill_places, read_pipeline
 from launch.plan import Plan, make_plan
@@ -60,8 +60,8 @@ class Request:
         """What submits it."""
         return backend_named(self.settings.backend)
 
-    def plan(self) -> Plan:
-        """Return what would run now, on top of what the run directory holds."""
+    def plan(self, *, past: bool = True) -> Plan:
+        """Return what would run now, on top of what the run directory holds; without its `past` the run is a new one."""
         return make_plan(
             run_dir=self.run.root,
             job=self.job.name,
@@ -72,7 +72,7 @@ class Request:
             cluster=self.cluster,
             settings=self.settings,
             code=self.code,
-            first_attempt=max(self.run.attempts(), default=0) + 1 if unset_variable(self.run) is None else 1,
+            first_attempt=max(self.run.attempts(), default=0) + 1 if past else 1,
             sweep=self.sweep,
             after=self.after,
         )
@@ -109,11 +109,39 @@ def requests_for(
     waits_for = tuple(runs_to_wait_for(after, storage, settings.backend))
     return [
         Request(
-            RunDir(storage / run), job, (*words[1:], *more), cwd, cluster_name, settings, snapshot.code, snapshot.script,
-            snapshot, sweep=run_name if swept else None, after=waits_for,
+            RunDir(storage / run), job, with_batch(RunDir(storage / run), job, (*words[1:], *more), settings), cwd,
+            cluster_name, settings, snapshot.code, snapshot.script, snapshot, sweep=run_name if swept else None,
+            after=waits_for,
         )
         for run, more in sweep_elements(run_name, swept)
     ]  # fmt: skip
+
+
+def with_batch(run: RunDir, job: Job, arguments: tuple[str, ...], settings: AnyCluster) -> tuple[str, ...]:
+    """Return a job's arguments with a batch size, where they have none and need one, and say so.
+
+    A new run whose job has a default that does not split over the cluster's devices gets the next larger batch that does. A
+    run that there is keeps the batch size that it was submitted with, whatever its cluster is now.
+    """
+    if job.name not in baselines() or given(arguments, "batch_size") is not None:
+        return arguments
+    try:
+        record = read_record(run) if unreachable(run.root.parent) is None else None
+    except UserError:
+        return arguments  # `checked_plan` says it
+    if record is not None:
+        size = given(record.submissions[-1].plan.arguments, "batch_size") if record.submissions else None
+        if size is None:
+            return arguments
+        why = "what the run was submitted with before"
+    else:
+        devices = settings.devices
+        if devices is None or (found := splitting_batch(job, arguments, devices)) is None:
+            return arguments
+        default, size = found[0], str(found[1])
+        why = f"the default of {job.name}, {default}, does not split over the {devices} devices of this cluster"
+    notice_once(f"--batch_size={size} is added: {why}")
+    return (*arguments, f"--batch_size={size}")
 
 
 def sweep_values(text: str) -> tuple[str, list[str]]:
@@ -155,11 +183,13 @@ def _options(key: str, values: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def runs_to_wait_for(names: Sequence[str], storage: Path, backend: str) -> list[str]:
-    """Return those runs among `names` that have not finished.
+    """Return those runs among `names` that have not finished; all of them where their storage cannot be read.
 
     Raises:
         UserError: there is no such run, it is not going to finish, or `backend` cannot wait for it.
     """
+    if unreachable(storage) is not None:
+        return list(names)
     waiting = []
     for name in names:
         run = RunDir(storage / name)
@@ -193,9 +223,10 @@ def pipeline_requests(path: Path, cluster: str, overrides: Sequence[str], cwd: P
         storage = expand_path(settings.storage, "storage", cwd)
         run_names = {other: checked_name(f"{pipeline.name}-{other}") for other in [*stage.after, stage.name]}
         places = {other: str(storage / run) for other, run in run_names.items()}
-        arguments = tuple(fill_places(argument, places) for argument in stage.arguments)
         snapshot = take_snapshot(REPOSITORY, job.script)
         run = RunDir(storage / run_names[stage.name])
+        filled = tuple(fill_places(argument, places) for argument in stage.arguments)
+        arguments = with_batch(run, job, filled, settings)
         done = {request.run.name for request in requests if has_finished(request.run)}
         after = tuple(run_names[other] for other in stage.after if run_names[other] not in done)
         requests.append(
@@ -205,8 +236,8 @@ def pipeline_requests(path: Path, cluster: str, overrides: Sequence[str], cwd: P
 
 
 def has_finished(run: RunDir) -> bool:
-    """Return whether a run has finished; a run that does not exist has not."""
-    record = read_record(run)
+    """Return whether a run has finished; a run that does not exist, or cannot be read here, has not."""
+    record = read_record(run) if unreachable(run.root.parent) is None else None
     return record is not None and record.state == "finished"
 
 
@@ -228,14 +259,25 @@ def unused_name(storage: Path, job: Job) -> str:
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", job.script.stem).lstrip("._-")[:40] or "job"
     base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     name, count = base, 1
-    while "$" not in str(storage) and ((storage / name).exists() or (storage / name).is_dir()):
+    while _is_taken(storage / name):
         count += 1
         name = f"{base}-{count}"
     return name
 
 
-def checked_plan(request: Request) -> Plan:
+def _is_taken(path: Path) -> bool:
+    """Return whether there is anything at a path; what is wrong with storage that does not tell, `checked_plan` says."""
+    try:
+        return unreachable(path.parent) is None and (path.exists() or path.is_dir())
+    except OSError:
+        return False
+
+
+def checked_plan(request: Request, *, only_shown: bool = False) -> Plan:
     """Return what `request` would run now, if it may.
+
+    Args:
+        only_shown: it is not going to be submitted: storage that cannot be read is warned of, and the run is taken for new.
 
     Raises:
         UserError: the run is live, was made with another job, or cannot be where it should.
@@ -246,7 +288,13 @@ def checked_plan(request: Request) -> Plan:
             f"storage {run.root.parent}: on Slurm runs are in a directory that all nodes see, not in a bucket"
         )
     if unset_variable(run) is not None:
-        return request.plan()
+        return request.plan(past=False)
+    if (problem := unreachable(run.root.parent)) is not None:
+        unread = f"storage {run.root.parent}: cannot be read: {problem}"
+        if not only_shown:
+            raise UserError(unread)
+        warn_once(f"{unread}; taken for one without runs")
+        return request.plan(past=False)
     record = read_record(run)
     if record is not None and record.job != request.job.name:
         raise UserError(

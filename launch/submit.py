@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if options.interactive and (len(requests) > 1 or requests[0].settings.backend != "slurm" or requests[0].after):
         raise UserError("--interactive is for one run on a Slurm cluster")
     if options.dry_run:
-        plans = [checked_plan(request) for request in requests]
+        plans = [checked_plan(request, only_shown=True) for request in requests]
         print(_preview_interactive(plans[0]) if options.interactive else requests[0].backend.preview(plans), end="")
         _warn_of_devices(requests)
         return 0
@@ -92,7 +92,8 @@ def _preflight(requests: Sequence[Request]) -> None:
 def _carry_out_stages(stages: Sequence[Request], *, dry_run: bool, compile_first: bool) -> int:
     """Submit the stages of a pipeline that have not finished."""
     todo = [stage for stage in stages if not has_finished(stage.run)]
-    plans = [checked_plan(stage) for stage in todo]  # all that can be refused is, before the first one starts
+    shown = dry_run or compile_first
+    plans = [checked_plan(stage, only_shown=shown) for stage in todo]  # refuse what can be, before the first one starts
     if compile_first:
         _preflight(todo)
     if dry_run and compile_first:

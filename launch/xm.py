@@ -30,15 +30,14 @@ from xmanager import xm
 from xmanager.xm import async_packager
 
 from launch.backends import cloud_tpu
-from launch.backends.cloud_tpu_api import NoAnswerError, Tpus
-from launch.cluster_files import load_cluster
+from launch.cluster_files import change_settings, load_cluster
 from launch.config import CloudTpuCluster
 from launch.errors import UserError
 from launch.options import Job, check_options
 from launch.paths import expand_path
 from launch.plan import Plan
 from launch.record import ACTIVE
-from launch.request import Request, checked_name, checked_plan
+from launch.request import Request, checked_name, checked_plan, with_batch
 from launch.run_dir import RunDir
 from launch.snapshot import Snapshot, take_snapshot
 from launch.standing import read_standing
@@ -179,26 +178,32 @@ class TpuWorkUnit(xm.WorkUnit):
         if not isinstance(job.executor, CloudTpu):
             raise UserError(f"this experiment runs jobs on CloudTpu, not on {type(job.executor).__name__}")
         if isinstance(job.executable, _Planned):
-            self.run = RunDir.at(job.executable.plan.run_dir)
             cloud_tpu.start(job.executable.plan)
+            self.run = RunDir.at(job.executable.plan.run_dir)
             return
         request = self._request(job, job.executable)
         checked_plan(request)
-        self.run = request.run
         with recorded([request]) as ((plan,), _):
             cloud_tpu.pack_code(plan)
-            cloud_tpu.start(plan)
+            try:
+                cloud_tpu.start(plan)
+            except (OSError, UserError):
+                cloud_tpu.give_back([plan])  # while the run directory still says what that is
+                raise
+        self.run = request.run
 
     def _request(self, job: xm.Job, code: _Code) -> Request:
         cluster, settings = job.executor.load()
         environment = {k: str(v) for k, v in {**code.env_vars, **job.env_vars}.items()}
-        settings = settings.model_copy(update={"env": {**settings.env, **environment}})
+        values = {**settings.model_dump(), "env": {**settings.env, **environment}}
+        settings = change_settings(values, (), origin=f"{cluster} with env_vars")
         words = xm.merge_args(code.args, job.args).to_list(xm.utils.ARGV_ESCAPER)
         check_options(code.job, words)
         cwd = Path.cwd()
         run = RunDir(expand_path(settings.storage, "storage", cwd) / checked_name(self.experiment_unit_name))
+        arguments = with_batch(run, code.job, tuple(words), settings)
         return Request(
-            run, code.job, tuple(words), cwd, cluster, settings, code.snapshot.code, code.snapshot.script, code.snapshot
+            run, code.job, arguments, cwd, cluster, settings, code.snapshot.code, code.snapshot.script, code.snapshot
         )
 
     async def _wait_until_complete(self) -> None:
@@ -310,12 +315,6 @@ def launch_planned(plans: Sequence[Plan]) -> None:
         with create_experiment(plans[0].sweep or plans[0].run) as experiment:
             for plan in plans:
                 experiment.add(xm.Job(_Planned(plan.run, plan), CloudTpu(plan.cluster), name="job"))
-    except UserError:
-        for plan in plans:
-            rented = cloud_tpu.read_resource(RunDir.at(plan.run_dir))
-            if rented is not None:
-                try:
-                    Tpus(plan.settings["project"]).delete(rented.zone, rented.id)
-                except NoAnswerError:
-                    continue  # `jobs.py gc` finds it
+    except (OSError, UserError):
+        cloud_tpu.give_back(plans)
         raise

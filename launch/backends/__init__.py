@@ -64,6 +64,9 @@ class Backend(Protocol):
             UserError: the cluster cannot be asked.
         """
 
+    def stop_seconds(self, record: RunRecord) -> float:
+        """Return how long it may take until nothing lives of a run that is asked to save and stop."""
+
     def release(self, run: RunDir, record: RunRecord) -> None:
         """Return once nothing is held any more for a run that has ended.
 

@@ -10,6 +10,7 @@ Submission goes through XManager (`launch.xm`): a sweep is one experiment, each 
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -34,22 +35,25 @@ from launch.backends import Sighting
 from launch.backends.cloud_tpu_api import (
     API,
     ENDPOINT,
+    REQUEST,
+    RUN_DIR,
     WAITING,
     NoAnswerError,
     Resource,
+    StillThereError,
     Tpus,
     queued_resource,
     resource_id,
 )
-from launch.cluster_files import cluster_names, load_cluster
 from launch.config import CloudTpuCluster
-from launch.errors import UserError
-from launch.objects import is_object
-from launch.plan import Plan, scrubbed
-from launch.record import ACTIVE, RunRecord, State, read_record
+from launch.errors import UserError, warn_once
+from launch.objects import is_object, unreachable
+from launch.plan import Plan, masked, scrubbed
+from launch.record import RunRecord, State
 from launch.run_dir import RunDir, read_json, write_atomically, written
 from launch.shipping import log_here
 from launch.snapshot import fetch_code
+from launch.text import printable
 
 # How long a question that a person waits for may take.
 QUERY_SECONDS = 5.0
@@ -108,12 +112,8 @@ def read_resource(run: RunDir) -> Rented | None:
         UserError: what was written down of it is damaged; it must not be taken for none.
     """
     noted = read_json(run.tpu_resource)
-    if noted is None:
-        try:
-            if not run.tpu_resource.exists():
-                return None
-        except FileNotFoundError:  # there is no such bucket: a dry run needs none
-            return None
+    if noted is None and not run.tpu_resource.exists():
+        return None
     try:
         return TypeAdapter(Rented).validate_python(noted)
     except ValidationError as error:
@@ -129,9 +129,8 @@ def write_resource(run: RunDir, rented: Rented) -> None:
     write_atomically(run.tpu_resource, json.dumps(dataclasses.asdict(rented)))
 
 
-def first_resource(run: RunDir, settings: CloudTpuCluster) -> Rented:
-    """Return what a new submission of a run rents first."""
-    last = read_resource(run)
+def first_resource(run: RunDir, settings: CloudTpuCluster, last: Rented | None) -> Rented:
+    """Return what a new submission of a run rents first, after what earlier ones have rented last."""
     number = last.number + 1 if last else 1
     return Rented(resource_id(str(run.root), number), settings.zone[0], number, time.time())
 
@@ -157,7 +156,11 @@ def rent(plan: Plan, settings: CloudTpuCluster, rented: Rented) -> None:
     run = RunDir.at(plan.run_dir)
     write_resource(run, rented)
     request = queued_resource(settings, rented.zone, rented.id, metadata_for(plan, settings, rented), _labels(plan))
-    Tpus(settings.project).create(rented.zone, rented.id, request)
+    try:
+        Tpus(settings.project).create(rented.zone, rented.id, request)
+    except UserError:
+        run.tpu_resource.unlink(missing_ok=True)  # there is none, or it is not this one
+        raise
     write_resource(run, dataclasses.replace(rented, made=True))
     fields = {"resource": rented.id, "zone": rented.zone, "type": settings.accelerator_type}
     run.append_event("tpu_requested", max(run.attempts(), default=0) + 1, **fields)
@@ -165,7 +168,17 @@ def rent(plan: Plan, settings: CloudTpuCluster, rented: Rented) -> None:
 
 def metadata_for(plan: Plan, settings: CloudTpuCluster, rented: Rented) -> dict[str, str]:
     """Return the metadata of a run's VMs: what boots them, and which run they are for."""
-    return {"startup-script": startup_script(plan, settings, rented), "jasmine-run-dir": plan.run_dir}
+    return {
+        "startup-script": startup_script(plan, settings, rented),
+        RUN_DIR: plan.run_dir,
+        REQUEST: request_digest(plan),
+    }
+
+
+def request_digest(plan: Plan) -> str:
+    """Return what tells the TPUs of a plan from those of all others: the same for whoever asks, with whatever launcher."""
+    asked = json.dumps([plan.run_dir, plan.argv, masked(plan).settings], sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def startup_script(plan: Plan, settings: CloudTpuCluster, rented: Rented) -> str:
@@ -221,16 +234,21 @@ def preview(plans: Sequence[Plan]) -> str:
     )
     shown = []
     for plan in plans:
-        settings = _settings(plan)
-        rented = first_resource(RunDir.at(plan.run_dir), settings)
+        run, settings = RunDir.at(plan.run_dir), _settings(plan)
+        last = read_resource(run) if unreachable(run.root.parent) is None else None
+        rented = first_resource(run, settings, last)
         metadata = metadata_for(plan, settings, rented)
         request = queued_resource(settings, rented.zone, rented.id, metadata, _labels(plan))
         body = json_format.MessageToDict(tpu_v2.QueuedResource.pb(request))
         parent = f"projects/{settings.project}/locations/{rented.zone}"
         call = {"POST": f"/v2/{parent}/queuedResources?queuedResourceId={rented.id}", "body": body}
-        header = f"# {plan.run}: {shape(plan)}; {_billed(settings)}\n"
+        header = f"# {plan.run}: {shape(plan)}; {_billed(settings)}\n# {_one_line(plan)}\n"
         shown.append(header + yaml.dump(call, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6))
     return "---\n".join(shown)
+
+
+def _one_line(plan: Plan) -> str:
+    return printable(shlex.join(["job:", plan.job, *plan.arguments])).replace("\n", "\\n")
 
 
 def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
@@ -283,10 +301,24 @@ def start(plan: Plan) -> None:
         if plan.after:
             run.tpu_resource.unlink(missing_ok=True)  # the watcher begins with the first one of this submission
         else:
-            rent(plan, settings, first_resource(run, settings))
+            rent(plan, settings, first_resource(run, settings, old))
+    except StillThereError as error:
+        raise UserError(f"Cloud TPU still has what an earlier run of that name rented: {error}; try again") from error
     except NoAnswerError as error:
         raise UserError(f"Cloud TPU does not answer: {error}") from error
     start_watcher(run, plan.code_dir)
+
+
+def give_back(plans: Sequence[Plan]) -> None:
+    """Delete what has been rented for runs that could not all be started; what may be left is told."""
+    for plan in plans:
+        rented = None
+        try:
+            if (rented := read_resource(RunDir.at(plan.run_dir))) is not None:
+                Tpus(_settings(plan).project).delete(rented.zone, rented.id)
+        except (NoAnswerError, UserError, OSError) as error:
+            what = f"{rented.id} in {rented.zone}" if rented else f"the TPU of run {plan.run!r}"
+            warn_once(f"{what} may be left, `jobs.py gc` shows it: {error}")
 
 
 def start_watcher(run: RunDir, code_dir: Path) -> None:
@@ -401,6 +433,8 @@ def _sighting(
         what += f": {found.error}"
     if rented.leaving is not None:
         what = rented.leaving.why
+    if found is not None and found.state in ("SUSPENDED", "FAILED") and run.cancel_request.exists() and not watcher:
+        return seen(False, "cancelled", what)
     if watcher:
         return seen(True, "submitted", f"{what}; its watcher sees to another one")
     if found is not None and found.state == "DELETING":
@@ -428,6 +462,11 @@ def cancel(run: RunDir, record: RunRecord) -> None:
         ) from error
 
 
+def stop_seconds(record: RunRecord) -> float:
+    """Return the time that VMs have to save, and Cloud TPU to delete a resource that has none to save."""
+    return float(record.submissions[-1].plan.settings["grace_seconds"]) + 30 + RELEASE_SECONDS
+
+
 def release(run: RunDir, record: RunRecord) -> None:
     """Return once the run's TPU is gone."""
     rented = read_resource(run)
@@ -440,7 +479,7 @@ def release(run: RunDir, record: RunRecord) -> None:
     raise UserError(f"{rented.id} in {rented.zone} is still being deleted; `jobs.py gc` shows whether it stays")
 
 
-# --- who watches, and what leaks --------------------------------------------------------------------------------------
+# --- who watches --------------------------------------------------------------------------------------
 
 
 def watched_by(run: RunDir) -> dict[str, Any] | None:
@@ -463,60 +502,6 @@ def _process_start(pid: int) -> int:
     tells processes of one id apart."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return -1 if state in "ZX" else int(fields[18])
-
-
-@dataclass(frozen=True)
-class Leak:
-    """A queued resource that costs money for nothing, and why that is so."""
-
-    resource: Resource
-    project: str
-    why: str
-
-
-def leaks(clusters: Sequence[str] = ()) -> list[Leak]:
-    """Return our queued resources that no run needs, in all zones of some clusters, or of all that there are files for.
-
-    Raises:
-        UserError: a cluster's file is wrong, or the API does not answer.
-    """
-    places: dict[tuple[str, str], None] = {}
-    for name in clusters or cluster_names():
-        try:
-            settings = load_cluster(name)[1]
-        except UserError:
-            if clusters:
-                raise
-            continue  # a file whose variables are not set here is not used here
-        if isinstance(settings, CloudTpuCluster) and "$" not in settings.project:
-            places |= {(settings.project, zone): None for zone in settings.zone}
-    found = []
-    for project, zone in places:
-        try:
-            resources = Tpus(project).list(zone)
-        except NoAnswerError as error:
-            raise UserError(f"Cloud TPU does not answer for {project} in {zone}: {error}") from error
-        found += [Leak(one, project, why) for one in resources if one.run_dir and (why := _why_leaked(one))]
-    return found
-
-
-def _why_leaked(resource: Resource) -> str | None:
-    if resource.state == "DELETING":
-        return None
-    run = RunDir.at(resource.run_dir)
-    record = read_record(run)
-    if record is None:
-        return f"there is no run in {run.root} (seen from here)"
-    if record.state not in ACTIVE:
-        return f"run {record.name!r} is {record.state}"
-    rented = read_resource(run)
-    if rented is not None and rented.id != resource.id:
-        return f"run {record.name!r} goes on on {rented.id}"
-    if record.submissions and record.submissions[-1].plan.settings.get("backend") != "cloud_tpu":
-        return f"run {record.name!r} goes on on {record.submissions[-1].plan.cluster}"
-    if resource.state in ("SUSPENDED", "FAILED") and watched_by(run) is None:
-        return f"it is {resource.state}, and nothing watches run {record.name!r}"
-    return None
 
 
 def _settings(plan: Plan) -> CloudTpuCluster:

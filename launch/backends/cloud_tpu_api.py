@@ -1,7 +1,8 @@
 """Queued resources of the Cloud TPU API, by Google's own client, with what a launcher needs on top of it.
 
 A resource's name says which attempt of which run it is for (`resource_id`), so creating it is idempotent: a response that is
-lost, or two watchers that want the same thing, lead to one resource, never to two. Calls that fail for a reason that passes
+lost, or two watchers that want the same thing, lead to one resource, never to two. One of that name that was asked for
+otherwise, by a run whose directory has been deleted, is not taken for it. Calls that fail for a reason that passes
 (too many requests, an API that is away) are made again for a while, at growing and random intervals.
 
 `JASMINE_CLOUD_TPU_ENDPOINT` (http://HOST:PORT) names another API, without credentials: the tests' own.
@@ -18,13 +19,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from launch.config import CloudTpuCluster
-from launch.errors import UserError
+from launch.errors import UserError, notice_once
 
 ENDPOINT = "JASMINE_CLOUD_TPU_ENDPOINT"
 API = "https://tpu.googleapis.com"
+# In the metadata of every VM: the run that it is for, and a digest of all that was asked for.
+RUN_DIR, REQUEST = "jasmine-run-dir", "jasmine-request"
 # How long a call is made again while the API is away, and how long one try may take.
 PATIENCE_SECONDS = 60.0
 CALL_SECONDS = 30.0
+# How long it is waited for that an earlier resource of the same name is gone.
+GONE_SECONDS = 180.0
 
 # States in which a resource has, or will have, VMs; SUSPENDED has lost them, FAILED never gets any.
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -36,6 +41,10 @@ class NoAnswerError(Exception):
     """The API cannot be reached, or does not work at the moment; or the login there does not."""
 
 
+class StillThereError(NoAnswerError):
+    """A resource cannot be created yet, because an earlier one of its name is still being deleted."""
+
+
 @dataclass(frozen=True)
 class Resource:
     """A queued resource as the API describes it.
@@ -45,6 +54,7 @@ class Resource:
         state: as the API spells it, such as "ACTIVE".
         error: what it failed with, `""` if it did not.
         run_dir: the run it is for, `""` if it is none of ours.
+        request: what it was asked for, as `REQUEST` in the metadata of its VMs has it.
         created: Unix seconds, 0 where the API does not say.
     """
 
@@ -53,6 +63,7 @@ class Resource:
     state: str
     error: str = ""
     run_dir: str = ""
+    request: str = ""
     created: float = 0.0
 
 
@@ -135,23 +146,40 @@ class Tpus:
         return self._made
 
     def create(self, zone: str, id: str, resource: Any) -> Resource:
-        """Create a queued resource, or find that it is there already.
+        """Create a queued resource, or find that it is there already; one of its name that is being deleted is waited for.
 
         Raises:
-            UserError: the API refuses the request.
-            NoAnswerError: it does not answer; the resource may have been created.
+            UserError: the API refuses the request, or there is a resource of that name that was asked for otherwise.
+            StillThereError: an earlier resource of that name is not gone after `GONE_SECONDS`.
+            NoAnswerError: the API does not answer; the resource may have been created.
         """
         from google.api_core import exceptions
 
         parent = f"projects/{self.project}/locations/{zone}"
         request = {"parent": parent, "queued_resource_id": id, "queued_resource": resource}
-        try:
-            self._try(lambda: self._client.create_queued_resource(request=request, timeout=CALL_SECONDS, retry=None))
-        except exceptions.Conflict:
-            pass  # an earlier try of this one, whose response was lost
-        except exceptions.ClientError as error:
-            raise UserError(f"Cloud TPU refuses {id} in {zone}: {_words(error)}") from error
-        return self.get(zone, id) or Resource(id, zone, "CREATING", created=time.time())
+        asked = _described(resource).request
+        deadline = time.monotonic() + GONE_SECONDS
+        while True:
+            try:
+                self._try(
+                    lambda: self._client.create_queued_resource(request=request, timeout=CALL_SECONDS, retry=None)
+                )
+                return self.get(zone, id) or Resource(id, zone, "CREATING", created=time.time())
+            except exceptions.Conflict as error:
+                found = self.get(zone, id)
+                if found is not None and found.state != "DELETING":
+                    if found.request == asked:
+                        return found  # an earlier try of this one, whose response was lost
+                    raise UserError(
+                        f"Cloud TPU has a resource {id} in {zone} already, of another request (it is {found.state}): choose "
+                        f"another --name, or delete it with `jobs.py gc --delete {id}`"
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise StillThereError(f"{id} in {zone}: {_words(error)}") from error
+                notice_once(f"{id} in {zone}, of an earlier run of that name, is still being deleted: waiting for that")
+                time.sleep(0.5)
+            except exceptions.ClientError as error:
+                raise UserError(f"Cloud TPU refuses {id} in {zone}: {_words(error)}") from error
 
     def get(self, zone: str, id: str, patience: float = PATIENCE_SECONDS) -> Resource | None:
         """Return a resource, None where there is none of that name.
@@ -217,7 +245,9 @@ class Tpus:
                 except exceptions.NotFound:
                     return True
                 except exceptions.ClientError as error:
-                    if time.monotonic() > deadline:
+                    found = self.get(zone, id)  # somebody else may have asked for that at the same moment
+                    goes = found is None or found.state in ("DELETING", "SUSPENDING")
+                    if not goes and time.monotonic() > deadline:
                         raise NoAnswerError(_words(error)) from error
             if time.monotonic() > deadline:
                 return False
@@ -257,10 +287,11 @@ def _described(one: Any) -> Resource:
     failed = one.state.failed_data.error.message if "failed_data" in one.state else ""
     return Resource(
         id=one.name.rpartition("/")[2],
-        zone=one.name.split("/")[3],
+        zone=one.name.split("/")[3] if one.name else "",
         state=tpu_v2.QueuedResourceState.State(one.state.state).name,
         error=failed,
-        run_dir=metadata.get("jasmine-run-dir", ""),
+        run_dir=metadata.get(RUN_DIR, ""),
+        request=metadata.get(REQUEST, ""),
         created=one.create_time.timestamp() if one.create_time else 0.0,
     )
 

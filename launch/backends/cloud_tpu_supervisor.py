@@ -235,10 +235,10 @@ class _Supervisor:
         return lost_any
 
     def _lose(self, attempt: Attempt, lost: list[int], waiting: set[int]) -> None:
+        attempt.cause = f"VM {lost[0]} ({attempt.nodes[lost[0]]}) was rebooted or is gone"
         for vm in lost:
             waiting.discard(vm)
             note_exit(self.run, attempt, _killed(vm, on_purpose=False))
-        attempt.cause = f"VM {lost[0]} ({attempt.nodes[lost[0]]}) was rebooted or is gone"
         self.run.append_event("vm_lost", attempt=attempt.number, hosts=lost, nodes=[attempt.nodes[vm] for vm in lost])
 
     def _kill(self, attempt: Attempt, waiting: set[int]) -> None:
@@ -294,9 +294,17 @@ class _Supervisor:
         """Give an attempt whose supervisor was killed, with its VM or without it, an outcome."""
         for attempt in self.record.attempts:
             if attempt.outcome is None:
-                attempt.ended, attempt.outcome, attempt.cause = time.time(), "preempted", "VM 0 was rebooted"
+                attempt.ended, attempt.outcome, attempt.cause = time.time(), "preempted", self._why_lost(attempt)
                 self.run.append_event("preempted", attempt=attempt.number, cause=attempt.cause)
                 self.run.fence_off_earlier_attempts()  # their processes leave, on all VMs
+
+    def _why_lost(self, attempt: Attempt) -> str:
+        """Return what has become of the supervisor of an attempt: where the agent of VM 0 is the one that it was told of, and
+        only that, then nothing else has happened."""
+        go, beat = read_json(self.run.go_file(attempt.number)), read_json(self.run.tpu_vm(self.resource, 0))
+        if go is None or beat is None or go["resource"] != self.resource:
+            return "its supervisor is gone"
+        return "its supervisor was killed" if go["starts"].get("0") == beat["start"] else "VM 0 was rebooted"
 
     def _is_replaced(self) -> bool:
         """Return whether somebody else has begun, or is about to begin, another attempt; or this TPU is not the run's."""

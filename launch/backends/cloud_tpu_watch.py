@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -116,12 +117,18 @@ class _Claim:
 
 
 class _Watcher:
-    def __init__(self, run: RunDir, claim: _Claim) -> None:
-        self.run, self.claim = run, claim
+    def __init__(
+        self,
+        run: RunDir,
+        claim: _Claim,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self.run, self.claim, self.clock, self.draw = run, claim, clock, draw
         self.period = float(os.environ.get(WATCH_VARIABLE, WATCH_SECONDS))
         self.in_a_row = 0
-        self._vm0: tuple[str, str | None, float] = ("", None, time.monotonic())
-        self._active_since: tuple[str, float] = ("", time.monotonic())
+        self._vm0: tuple[str, str | None, float] = ("", None, clock())
+        self._active_since: tuple[str, float] = ("", clock())
         self._asked_to_end_at: float | None = None
         self._rent_at: float | None = None  # once the resource before is gone
 
@@ -236,7 +243,7 @@ class _Watcher:
                 )
         if self.run.cancel_request.exists():
             return self._end(record, Ending("cancelled", EXIT_SAVED))
-        return self._rent(record, plan, settings, first_resource(self.run, settings))
+        return self._rent(record, plan, settings, first_resource(self.run, settings, None))
 
     def _rent(self, record: RunRecord, plan: Plan, settings: CloudTpuCluster, rented: Rented) -> bool:
         """Ask for a resource; return whether that is refused, which ends the run."""
@@ -250,8 +257,8 @@ class _Watcher:
         """The run has ended: its VMs give the TPU back, and if they do not, this does."""
         if found is None:
             return True
-        self._asked_to_end_at = self._asked_to_end_at or time.monotonic()
-        if found.state == "DELETING" or time.monotonic() - self._asked_to_end_at < 60:
+        self._asked_to_end_at = self._asked_to_end_at or self.clock()
+        if found.state == "DELETING" or self.clock() - self._asked_to_end_at < 60:
             return False
         self._say(f"the run has ended and {noted.id} is still {found.state}: deleting it")
         tpus.delete(noted.zone, noted.id)
@@ -262,15 +269,15 @@ class _Watcher:
     ) -> bool:
         if found is None:
             return self._end(record, Ending("cancelled", EXIT_SAVED))
-        self._asked_to_end_at = self._asked_to_end_at or time.monotonic()
+        self._asked_to_end_at = self._asked_to_end_at or self.clock()
         has_vms = found.state == "ACTIVE" and self.run.tpu_vm(noted.id, 0).exists()
-        if not has_vms or time.monotonic() - self._asked_to_end_at > settings.grace_seconds + 30:
+        if not has_vms or self.clock() - self._asked_to_end_at > settings.grace_seconds + 30:
             tpus.delete(noted.zone, noted.id)
         return False
 
     def _silence(self, settings: CloudTpuCluster, noted: Rented) -> str | None:
         """Return what is wrong when VM 0, which supervises, has not come up, or lives no more."""
-        now = time.monotonic()
+        now = self.clock()
         beat = self.run.tpu_vm(noted.id, 0)
         text = beat.read_text() if beat.exists() else None
         if self._vm0[:2] != (noted.id, text):
@@ -308,7 +315,7 @@ class _Watcher:
             self.run.append_event("tpu_gone", number, resource=noted.id, zone=noted.zone, why=leaving.why)
             self.in_a_row = 0 if self._has_begun(noted) else self.in_a_row + 1
             pause = min(MOST_RETRY_SECONDS, RETRY_SECONDS * 2**self.in_a_row, 4 * self.period * 2**self.in_a_row)
-            self._rent_at = time.monotonic() + pause * random.uniform(0.5, 1.5)
+            self._rent_at = self.clock() + pause * self.draw(0.5, 1.5)
         spent = noted.spent.get(leaving.counts, 0) if leaving.counts else 0
         limit = {"preempted": settings.max_preemptions, "failed": settings.max_failures, None: None}[leaving.counts]
         if limit is not None and spent >= limit:
@@ -316,7 +323,7 @@ class _Watcher:
             state: State = "preempted" if leaving.counts == "preempted" else "failed"
             code = EXIT_SAVED if leaving.counts == "preempted" else 1
             return self._end(record, Ending(state, code, f"{leaving.why}; its restarts are used up ({key}: {limit})"))
-        if time.monotonic() < self._rent_at:
+        if self.clock() < self._rent_at:
             return False
         following = next_resource(self.run, settings, noted)
         if self._rent(record, plan, settings, following):

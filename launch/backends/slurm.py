@@ -537,5 +537,10 @@ def cancel(run: RunDir, record: RunRecord) -> None:
         ) from error
 
 
+def stop_seconds(record: RunRecord) -> float:
+    """Return the time that processes have to save, and some for whoever sees to them."""
+    return float(record.submissions[-1].plan.settings["grace_seconds"]) + 30
+
+
 def release(run: RunDir, record: RunRecord) -> None:
     """Return at once: a job that has ended holds no nodes."""

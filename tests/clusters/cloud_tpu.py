@@ -96,7 +96,7 @@ class CloudTpu:
         self._admin("no_capacity", zone=zone, on=on)
 
     def hold(self, state: str, on: bool = True) -> None:
-        """Keep all resources in a state before ACTIVE once they get there, until told otherwise."""
+        """Keep all resources in a state before ACTIVE, or in DELETING, once they get there, until told otherwise."""
         self._admin("hold", state=state, on=on)
 
     def fail_provisioning(self, message: str, code: int = 8, count: int = 1) -> None:

@@ -120,8 +120,8 @@ class Cloud:
         (self._full.add if on else self._full.discard)(zone)
 
     def hold(self, state: str, on: bool = True) -> None:
-        if state not in _UNTIL_ACTIVE:
-            raise invalid(f"a resource can be held in {', '.join(_UNTIL_ACTIVE)}, not in {state}")
+        if state not in (*_UNTIL_ACTIVE, "DELETING"):
+            raise invalid(f"a resource can be held in {', '.join(_UNTIL_ACTIVE)} or DELETING, not in {state}")
         (self._held.add if on else self._held.discard)(state)
 
     def fail_provisioning(self, message: str, code: int = 8, count: int = 1) -> None:
@@ -360,6 +360,7 @@ class Cloud:
             if not self._stopping:
                 self._changed.wait(self._seconds)
             self._shut_down(resource)
+            self._changed.wait_for(lambda: self._stopping or not self._is_held(resource))
             del self._resources[resource.name]
             for operation in self._operations.values():
                 if operation["metadata"]["target"] == resource.name and not operation["done"]:

@@ -31,19 +31,7 @@ from launch.standing import read_standing
 from tests.clusters.cloud_tpu import CloudTpu, running_cloud_tpu
 from tests.launch.checkouts import Checkout, wait_until
 from tests.launch.conftest import REPOSITORY
-
-CLUSTER = f"""\
-backend: cloud_tpu
-accelerator_type: v5litepod-16
-zone: us-west4-a
-project: lab
-storage: runs
-vm_dir: ~/jasmine
-python: {sys.executable}
-grace_seconds: 20
-boot_timeout: 60
-silent_timeout: 8
-"""
+from tests.launch.tpus import CLUSTER
 
 
 @pytest.fixture
@@ -87,8 +75,10 @@ def end_watcher(here: Checkout, name: str = "r") -> None:
     wait_until(lambda: watched_by(run) is None)
 
 
-def events(here: Checkout, name: str = "r") -> list[str]:
-    return [event["event"] for event in here.directory(name).events()]
+def events(here: Checkout) -> list[str]:
+    """The run's events, without what becomes of single processes; "replaced": it goes on on another TPU."""
+    found = [event for event in here.directory().events() if event["event"] not in ("host_exited", "killed")]
+    return ["replaced" if one["event"] == "restarted" and "resource" in one else one["event"] for one in found]
 
 
 def at_step(here: Checkout, step: int, *, attempt: int = 1, host: int = 0, name: str = "r") -> None:
@@ -159,6 +149,7 @@ def test_a_pod_runs_to_the_end_and_deletes_itself(here: Checkout, cloud_tpu: Clo
     assert subprocess.run(command, env=here.env, timeout=20).returncode == 0
     assert json.loads(over.read_text())["why"] == "finished"
     assert read_record(here.directory()) == record
+    assert events(here) == ["submitted", "tpu_requested", "scheduled", "attempt_started", "finished"]
 
 
 @pytest.mark.slow
@@ -193,6 +184,10 @@ def test_preempted_twice_it_goes_on_on_another_tpu_each_time(here: Checkout, clo
     assert steps(here) == list(range(1, 121))  # saved when it was warned, and went on from there
     assert creations(cloud_tpu) == [f"{resource(here)[:-1]}{number}" for number in (1, 2, 3)]
     cloud_tpu.wait(resource(here), None)
+    # The supervisor would go on on the same TPU, and sometimes has time to say so.
+    found = [event for event in events(here) if event != "restarted"]
+    lost = ["scheduled", "attempt_started", "preempted", "tpu_gone", "tpu_requested", "replaced"]
+    assert found == ["submitted", "tpu_requested", *lost, *lost, "scheduled", "attempt_started", "finished"]
 
 
 @pytest.mark.slow
@@ -230,12 +225,24 @@ def test_a_vm_that_is_rebooted_joins_again(here: Checkout, cloud_tpu: CloudTpu) 
     steps_in(here, 2, host=3)
     cloud_tpu.reboot(resource(here), 0)  # that of the supervisor
     steps_in(here, 3)
+    record = read_record(here.directory())
+    assert record is not None
+    assert record.supervisor is not None
+    os.kill(record.supervisor.pid, signal.SIGKILL)  # that alone
+    steps_in(here, 4)
     assert here.jobs("cancel", "r").returncode == 0
     record = read_record(here.directory())
     assert record is not None
-    assert [one.outcome for one in record.attempts] == ["preempted"] * 3
-    assert [one.cause for one in record.attempts[:2]] == ["VM 3 (vm) was rebooted or is gone", "VM 0 was rebooted"]
+    assert [one.outcome for one in record.attempts] == ["preempted"] * 4
+    causes = ["VM 3 (vm) was rebooted or is gone", "VM 0 was rebooted", "its supervisor was killed"]
+    assert [one.cause for one in record.attempts[:3]] == causes
     assert creations(cloud_tpu) == [resource(here)]
+    lost = ["failed", "vm_lost", "preempted", "restarted", "attempt_started"]
+    settled = ["preempted", "scheduled", "attempt_started"]
+    begun = ["submitted", "tpu_requested", "scheduled", "attempt_started"]
+    assert events(here) == [*begun, *lost, *settled, *settled, "signalled", "preempted", "cancelled"]
+    failed = next(event for event in here.directory().events() if event["event"] == "failed")
+    assert (failed["host"], failed["cause"]) == (3, causes[0])
 
 
 @pytest.mark.slow
@@ -250,6 +257,10 @@ def test_a_vm_that_is_gone_for_good_costs_a_new_tpu(here: Checkout, cloud_tpu: C
     assert cloud_tpu.state(first) is None
     assert record.attempts[0].cause is not None
     assert "VM 1" in record.attempts[0].cause
+    begun = ["tpu_requested", "scheduled", "attempt_started"]
+    gone = ["failed", "vm_lost", "preempted", "restarted", "vm_missing", "tpu_gone"]
+    again = ["tpu_requested", "replaced", "scheduled", "attempt_started", "finished"]
+    assert events(here) == ["submitted", *begun, *gone, *again]
 
 
 @pytest.mark.slow

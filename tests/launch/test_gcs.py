@@ -304,11 +304,36 @@ def test_a_dry_run_needs_no_bucket_and_a_submission_does(here: Checkout) -> None
     assert len(done.stderr.splitlines()) == 1
 
 
+def without_credentials(checkout: Checkout) -> None:
+    """Make its shell one that knows a bucket, but has nothing to show there."""
+    checkout.env |= {"JASMINE_BUCKET": "nobody-s", "NO_GCE_CHECK": "true", "HOME": str(checkout.home)}
+    checkout.env.pop("GOOGLE_APPLICATION_CREDENTIALS", None)
+
+
+def test_a_dry_run_needs_no_credentials_and_a_submission_does(checkout: Checkout) -> None:
+    without_credentials(checkout)
+    checkout.env["GOOGLE_CLOUD_PROJECT"] = "lab"
+    problem = "storage gs://nobody-s/runs: cannot be read: no Google credentials here"
+    for name in ([], ["--name", "r"], ["--name", "r", "--sweep", "num_steps=3,4"]):
+        dry = checkout.run("submit", "--cluster", "tpu-v5-256", *name, "--dry-run")
+        assert dry.returncode == 0, dry.stderr
+        assert "queuedResourceId=j-" in dry.stdout
+        (warning,) = dry.stderr.splitlines()
+        assert warning.startswith(f"warning: {problem}")
+    for name in ([], ["--name", "r"]):
+        refused = checkout.run("submit", "--cluster", "tpu-v5-256", *name)
+        assert refused.returncode == 2
+        (error,) = refused.stderr.splitlines()
+        assert error.startswith(f"error: {problem}")
+    checkout.env["JASMINE_BUCKET"] = "No_Bucket"
+    bad = checkout.run("submit", "--cluster", "tpu-v5-256", "--dry-run")
+    assert "storage: gs://No_Bucket/runs (from gs://$JASMINE_BUCKET/runs): not a place in Cloud Storage" in bad.stderr
+
+
 def test_a_bucket_that_cannot_be_asked_is_told_once_and_hides_nothing(checkout: Checkout) -> None:
     checkout.submit("train_tokenizer_vqvae", "--num_steps", "2")
     assert checkout.end().state == "finished"
-    checkout.env |= {"JASMINE_BUCKET": "nobody-s", "NO_GCE_CHECK": "true", "HOME": str(checkout.home)}
-    checkout.env.pop("GOOGLE_APPLICATION_CREDENTIALS", None)
+    without_credentials(checkout)
     listed = checkout.jobs("list")
     assert "finished" in listed.stdout
     assert listed.stderr == (

@@ -1,14 +1,17 @@
 """The reader of option names agrees with tyro, on what it reads, and keeps out of what it cannot."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tyro
 
-from launch.errors import UserError
+from launch.errors import UserError, notice_once
 from launch.options import Job, baselines, check_batch, known_options
+from launch.request import Request, check_devices, requests_for
+from launch.submission import recorded
 
 SCRIPT = """
 import dataclasses
@@ -136,3 +139,54 @@ def test_a_batch_that_does_not_split_is_refused(devices: int, arguments: list[st
     dynamics = Job("train_dynamics_maskgit", baselines()["train_dynamics_maskgit"])
     with pytest.raises(UserError, match="--batch_size=36 "):  # the default of a nearer class
         check_batch(dynamics, [], 16)
+
+
+@pytest.fixture
+def request_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Request]:
+    """Makes the request for the run `r` in storage of the test's own."""
+    monkeypatch.setenv("JASMINE_STORAGE", str(tmp_path / "runs"))
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "lab")
+    notice_once.cache_clear()
+
+    def make(cluster: str, *words: str, overrides: Sequence[str] = ()) -> Request:
+        options = {"overrides": overrides, "name": "r", "sweep": (), "after": (), "cwd": tmp_path, "reserved": ()}
+        (request,) = requests_for(words, cluster=cluster, **options)  # type: ignore[arg-type]
+        return request
+
+    return make
+
+
+def test_a_default_batch_is_made_to_split_and_stays_what_it_was(
+    request_for: Callable[..., Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = request_for("tpu-v5-256")  # a whole command
+    assert first.arguments == ("--batch_size=256",)
+    default = "the default of train_tokenizer_vqvae, 48, does not split over the 256 devices of this cluster"
+    assert capsys.readouterr().err == f"--batch_size=256 is added: {default}\n"
+    check_devices(first)
+    assert "# job: train_tokenizer_vqvae --batch_size=256\n" in first.backend.preview([first.plan()])
+    job = "train_tokenizer_vqvae"
+    assert request_for("tpu-v5-256", job, "--grad_accumulation_steps", "3").arguments[-1] == "--batch_size=768"
+    assert request_for("tpu-v5-256", job, "--mesh.tensor=16").arguments == ("--mesh.tensor=16",)  # 48 over 16 parts
+    assert request_for("tpu-v5-16").arguments == ()
+    assert request_for("local", overrides=["processes=5"]).arguments == ("--batch_size=50",)
+    told = request_for("tpu-v5-256", job, "--batch-size", "100")
+    assert told.arguments == ("--batch-size", "100")  # whoever asks for it hears why it does not do
+    with pytest.raises(UserError, match="--batch_size=100 does not split"):
+        check_devices(told)
+
+    with recorded([first]):
+        pass
+    capsys.readouterr()
+    assert request_for("tpu-v5-16", job).arguments == ("--batch_size=256",)
+    assert capsys.readouterr().err == "--batch_size=256 is added: what the run was submitted with before\n"
+    assert request_for("tpu-v5-16", job, "--batch_size", "64").arguments == ("--batch_size", "64")
+
+
+def test_the_batch_of_a_run_that_there_is_is_not_chosen_anew(request_for: Callable[..., Request]) -> None:
+    with recorded([request_for("tpu-v5-16")]):
+        pass
+    moved = request_for("tpu-v5-256")
+    assert moved.arguments == ()
+    with pytest.raises(UserError, match="--batch_size=48 does not split"):
+        check_devices(moved)

@@ -16,7 +16,7 @@ from launch.config import SlurmCluster
 from launch.errors import UserError
 from launch.options import find_job
 from launch.preflight import Compiler, bound, check, fits, preflight, relevant, show, target_of, tpu_target
-from launch.request import requests_for
+from launch.request import checked_plan, requests_for
 from launch.topology import find_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -315,6 +315,23 @@ def test_an_interpreter_of_the_vms_is_not_run_here(monkeypatch, tmp_path):
         )  # fmt: skip
         preflight(requests)
     assert used == [sys.executable, str(other)]
+
+
+def test_storage_that_cannot_be_read_is_no_reason_not_to_compile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("launch.request.unreachable", lambda root: "no Google credentials here")
+    asked = []
+    monkeypatch.setattr("launch.preflight.check", lambda *what: asked.append(what))
+    words, given = ["train_tokenizer_vqvae", "--batch_size=256"], ["storage=gs://somebody-s/runs"]
+    options = {"name": "r", "sweep": (), "after": ["other"], "cwd": tmp_path, "reserved": ()}
+    requests = requests_for(words, cluster="tpu-v5-256", overrides=given, **options)
+    preflight(requests)
+    assert len(asked) == 1
+    warning = (
+        "warning: storage gs://somebody-s/runs: cannot be read: no Google credentials here; taken for one without runs"
+    )
+    assert capsys.readouterr().err.splitlines() == [warning]
+    with pytest.raises(UserError, match=r"^storage gs://somebody-s/runs: cannot be read: no Google credentials here$"):
+        checked_plan(requests[0])
 
 
 @pytest.mark.slow
