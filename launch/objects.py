@@ -82,7 +82,7 @@ def soft_delete(path: Path) -> str | None:
         return None
     try:
         bucket = path._bucket()
-        bucket.reload(retry=None, timeout=TIMEOUT)
+        bucket.reload(retry=None, timeout=5)
         seconds = bucket.soft_delete_policy.retention_duration_seconds or 0
     except Exception:  # whatever it is: who submits has been told of what matters
         return None

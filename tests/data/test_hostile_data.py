@@ -121,6 +121,14 @@ def test_indices_of_tokens(splits: dict[str, Path], tmp_path: Path) -> None:
 
     assert isinstance(open_training_data(folder), TokenDataset)
     read()
+    for path, value in {
+        "tokens.dtype": "x", "tokens.shape": [-2, -2], "tokens.stride": 2**64, "origin.skipped_episodes": [10**30],
+    }.items():  # fmt: skip
+        part, key = path.split(".")
+        wrong = index["metadata"] | {part: index["metadata"][part] | {key: value}}
+        (folder / "index.json").write_text(json.dumps(index | {"metadata": wrong}))
+        with pytest.raises(UserError, match=f"index.json: metadata.{path} = "):
+            open_training_data(folder)
     test()
 
 
