@@ -194,7 +194,7 @@ class Ours(Contender):
         if (tokenizer := BASELINES[baseline]) is not None:
             task, state, _ = begin(tokenizer, model_options(tokenizer, shape) | common, {}, mesh, rules)
             job = tokenizer.rpartition(".")[2]
-            parts["tokenizer"] = TrainedRun(epath.Path("untrained"), job, task.config, DATA, 0, task)
+            parts["tokenizer"] = TrainedRun(epath.Path("untrained"), job, task.config, DATA, (), task)
             frozen["tokenizer"] = state.params
         began = time.perf_counter()
         options = dynamics_options(shape) if tokenizer else model_options(baseline, shape)

@@ -250,7 +250,7 @@ def untrained(job: str, data: DataInfo) -> TrainedRun:
     module = importlib.import_module(baseline_modules()[job])
     config = module.Config()
     data = DataInfo(data.frame_shape)
-    return TrainedRun(epath.Path("untrained"), job, config, data, 0, module.Task(config, data))
+    return TrainedRun(epath.Path("untrained"), job, config, data, (), module.Task(config, data))
 
 
 # --- compilation ------------------------------------------------------------------------------------------------

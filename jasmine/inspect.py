@@ -8,6 +8,7 @@ run is changed.
 """
 
 import argparse
+import functools
 import html
 import json
 import logging
@@ -24,7 +25,8 @@ import treescope
 from etils import epath
 
 from jasmine.errors import EXIT_USER_ERROR, UserError
-from jasmine.training.objects import reason
+from jasmine.training import checksums
+from jasmine.training.objects import may_pass, reason
 from jasmine.training.run_files import read_lines, seconds
 from jasmine.training.runs import CONFIG_NAME, find_run
 
@@ -57,21 +59,29 @@ class Checkpoint:
             return {"checkpoint": self.tree}
         return {name: self.tree[name] for name in ("params", "ema") if self.tree.get(name)} or dict(self.tree)
 
-    def read(self) -> dict[str, Any]:
-        """The arrays of `parts` as numpy arrays."""
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """The arrays of `parts` as numpy arrays.
+
+        Raises:
+            UserError: they are not what was saved.
+            Exception: they cannot be read.
+        """
         chosen = self.parts() if isinstance(self.tree, Mapping) else self.tree
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), chosen)
         arguments = ocp.args.PyTreeRestore(item=chosen, restore_args=how, partial_restore=True)
-        try:
-            restored = ocp.PyTreeCheckpointer().restore(self.path, args=arguments)
-        except Exception as error:
-            raise UserError(f"the checkpoint {self.path} cannot be read: {reason(error)}") from error
+        restored = ocp.PyTreeCheckpointer().restore(self.path, args=arguments)
+        if checksums.KEY in self.meta and not checksums.agree(checksums.checksums_on_host(restored), self.meta):
+            raise UserError("its contents are not those that were saved")
         # Restored in the order of names; a page shows parameters before their average.
         return {name: restored[name] for name in chosen} if isinstance(self.tree, Mapping) else {"checkpoint": restored}
 
 
-def open_checkpoint(run_dir: epath.Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step; by default the newest.
+def open_checkpoint(run_dir: epath.Path, step: int | None = None, *, weights: bool = False) -> Checkpoint:
+    """The checkpoint of a step; by default the newest that can be read, after a warning where it is not the newest of all.
+
+    Args:
+        weights: also reads the weights.
 
     Raises:
         UserError: the run has none, or not of this step, or it cannot be read.
@@ -86,16 +96,33 @@ def open_checkpoint(run_dir: epath.Path, step: int | None = None) -> Checkpoint:
         raise UserError(
             f"--step={step}: {folder} has a checkpoint of {'steps' if steps[1:] else 'step'} {_listed(steps)}"
         )
-    chosen = steps[-1] if step is None else step
-    root = folder / str(chosen)
-    try:
-        # A job saves `state`; other scripts may name the item otherwise, or save without naming any.
-        items = sorted((path.parent for path in root.glob("*/_METADATA")), key=lambda path: path.name != "state")
-        path = items[0] if items else root
-        tree = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
-    except Exception as error:
-        raise UserError(f"the checkpoint {root} cannot be read: {reason(error)}") from error
-    return Checkpoint(steps, chosen, path, tree, _read_json(root / "meta" / "metadata"))
+    damaged: list[str] = []
+    for one in reversed(steps) if step is None else [step]:
+        try:
+            checkpoint = _open(folder / str(one), one, steps)
+            if weights:
+                _ = checkpoint.weights
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else reason(error)
+            if step is not None or may_pass(error):
+                raise UserError(f"the checkpoint {folder / str(one)} cannot be read: {why}") from error
+            damaged.append(f"step {one}: {why}")
+            continue
+        if damaged:
+            print(
+                f"warning: step {one} is the newest in {folder} that can be read ({'; '.join(damaged)})",
+                file=sys.stderr,
+            )
+        return checkpoint
+    raise UserError(f"no checkpoint in {folder} can be read ({'; '.join(damaged)})")
+
+
+def _open(root: epath.Path, step: int, steps: list[int]) -> Checkpoint:
+    # A job saves `state`; other scripts may name the item otherwise, or save without naming any.
+    items = sorted((path.parent for path in root.glob("*/_METADATA")), key=lambda path: path.name != "state")
+    path = items[0] if items else root
+    tree = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+    return Checkpoint(steps, step, path, tree, _read_json(root / "meta" / "metadata"))
 
 
 def count(tree: Any) -> int:
@@ -289,12 +316,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that the folders it reads never have
     try:
         run_dir = find_run(options.run, "RUN")
-        checkpoint = open_checkpoint(run_dir, options.step)
+        checkpoint = open_checkpoint(run_dir, options.step, weights=options.html is not None)
         description = describe(run_dir, checkpoint)
         print("\n".join(description))
         if options.html is not None:
             target = epath.Path(options.html) if options.html else run_dir / PAGE_NAME
-            text = page(f"{run_dir.name}, step {checkpoint.step}", description, checkpoint.read())
+            text = page(f"{run_dir.name}, step {checkpoint.step}", description, checkpoint.weights)
             try:
                 target.write_text(text)
             except OSError as error:

@@ -86,6 +86,25 @@ def in_parallel(function: Callable[[_T], _R], items: Iterable[_T], *, of: Path) 
         return list(threads.map(function, items))
 
 
+def soft_delete(path: Path) -> str | None:
+    """Return what to warn of where the bucket of `path` keeps what is deleted or overwritten, as new buckets do for a week: a
+    run appends to files and deletes checkpoints all the time. None where it does not, or may not be asked; one request."""
+    if not is_object(path):
+        return None
+    try:
+        bucket = path._bucket()
+        bucket.reload(retry=None, timeout=5)
+        seconds = bucket.soft_delete_policy.retention_duration_seconds or 0
+    except Exception:  # whatever it is: who submits has been told of what matters
+        return None
+    if seconds <= 0:
+        return None
+    return (
+        f"gs://{path.bucket} keeps, and bills, all that is deleted or overwritten for {seconds / 86400:.3g} days (soft "
+        f"delete), and a run does both all the time: gcloud storage buckets update gs://{path.bucket} --clear-soft-delete"
+    )
+
+
 class ObjectPath(PurePosixPath):
     """`gs://bucket/key`. As a pure path it is `/bucket/key`."""
 

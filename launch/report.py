@@ -172,7 +172,8 @@ def summary(report: Report) -> list[str]:
     for bucket in BUCKETS.values():
         if seconds[bucket.key] >= 0.05:
             share = seconds[bucket.key] / went.wall
-            lines.append(f"  {bucket.label:<16} {share:>6.1%}  {precise(seconds[bucket.key]):>12}  {bucket.meaning}")
+            meaning = f"{bucket.meaning} [{bucket.other_name}]"
+            lines.append(f"  {bucket.label:<16} {share:>6.1%}  {precise(seconds[bucket.key]):>12}  {meaning}")
     if lost := sum(went.lost_steps.values()):
         lines.append(f"  lost             {lost} steps, made again or not saved, in {len(went.lost_steps)} attempts")
     lines += [f"  fault            attempt {fault.attempt}: {fault.text}" for fault in report.faults[-5:]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.errors import UserError
 from launch.logs import follow_logs, to_stdout
-from launch.objects import place
+from launch.objects import place, soft_delete
 from launch.paths import REPOSITORY, expand_path
 from launch.plan import Plan, masked
 from launch.record import ACTIVE, RunRecord, Submission, read_record, write_record
@@ -43,6 +43,8 @@ def carry_out(requests: Sequence[Request], *, wait: bool) -> int:
     with recorded(requests) as (plans, locks):
         told = backend.submit(plans, locks)
     plan = plans[0]
+    if (warning := soft_delete(place(plan.run_dir))) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     if plan.sweep is not None:
         _tell_sweep(plans, backend.shape(plan), told)
         return 0

@@ -19,8 +19,13 @@ OWNED_VARIABLES = frozenset(
     {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JASMINE_RUN_DIR", "JASMINE_ATTEMPT"}
 )
 
-# Names whose values are not written anywhere.
-SECRET_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW(OR)?D|PASSPHRASE", re.IGNORECASE)
+# Names whose values are not written anywhere. The URL of a database has a password in it. Where credentials lie is no secret,
+# and Google's libraries and Amazon's have variables for that.
+SECRET_NAME = re.compile(
+    r"KEY|TOKEN(?!IZER)|SECRET|PASSW(OR)?D|PASSPHRASE|_PAT\b|_PASS\b|DATABASE_URL"
+    r"|(?<!GOOGLE_APPLICATION_)CREDENTIAL(?!S?_(FILE|PATH|DIR)\b)",
+    re.IGNORECASE,
+)
 
 # What a shell takes as a variable's name.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

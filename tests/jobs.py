@@ -26,6 +26,9 @@ TINY = shlex.split(
     "--latent_dim 8 --dtype float32 --log_interval 1 --num_steps 40 --log_checkpoint_interval 10 --log_batch_checksum"
 )
 
+# With arrays so large that their files have no checksums.
+WIDE = ["--model_dim", "64", "--ffn_dim", "256"]
+
 # The same for all baselines, with a learning rate at which a few steps tell two curves apart.
 SMALL = shlex.split(
     "--seq_len 4 --batch_size 8 --model_dim 16 --ffn_dim 32 --num_blocks 1 --num_heads 2 --dtype float32 --log_interval 1 "
@@ -180,6 +183,14 @@ def events(run_dir: Path, name: str) -> list[dict]:
 
 def checkpoints(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    """Changes one bit of a large array of a checkpoint: small ones lie in the index, which has checksums of its own."""
+    largest = max((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 120, what: str = "condition") -> None:

@@ -175,7 +175,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     assert "no finished checkpoint" in refused([str(tmp_path)], capsys)
     (tmp_path / "checkpoints" / "7").mkdir()
-    assert "cannot be read" in refused([str(tmp_path)], capsys)
+    assert "no checkpoint in" in refused([str(tmp_path)], capsys)
 
 
 def test_a_step_that_is_not_there_is_refused(stranger, capsys):
@@ -186,14 +186,17 @@ def test_a_step_that_is_not_there_is_refused(stranger, capsys):
 def test_damaged_checkpoints_are_refused(stranger, capsys):
     metadata = stranger / "checkpoints" / "100" / "default" / "_METADATA"
     metadata.write_text(metadata.read_text()[:50])
-    assert "checkpoints/100 cannot be read" in refused([str(stranger)], capsys)
-    assert inspect.main([str(stranger), "--step", "5"]) == 0
-    capsys.readouterr()
+    assert "checkpoints/100 cannot be read" in refused([str(stranger), "--step", "100"], capsys)
+    assert inspect.main([str(stranger)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("an unknown script, step 5\n")
+    assert re.fullmatch(r"warning: step 5 is the newest in [^\n]+ that can be read \(step 100: [^\n]+\)\n", shown.err)
     for path in (stranger / "checkpoints" / "5").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
     assert inspect.main([str(stranger), "--step", "5", "--html"]) == 2
     assert re.fullmatch(r"error: [^\n]+checkpoints/5[^\n]+cannot be read[^\n]+\n", capsys.readouterr().err)
+    assert "no checkpoint in" in refused([str(stranger), "--html"], capsys)
     assert not (stranger / "inspect.html").exists()
 
 

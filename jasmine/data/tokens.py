@@ -30,6 +30,8 @@ from jasmine.data.staging import DataCache, StagedFiles
 from jasmine.errors import UserError
 
 LATENT_ACTION_DTYPE = np.dtype("<i4")
+# Of codebook indices, the smallest that holds them, and of latents.
+_DTYPES = ("uint8", "uint16", "uint32", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +170,29 @@ def token_metadata(index: Index, split_dir: str) -> TokenMetadata | None:
         first = error.errors()[0]
         key = ".".join(map(str, ("metadata", *first["loc"])))
         raise UserError(f"{path} does not describe tokens as this version does ({key}: {first['msg']})") from error
+    if impossible := _impossible(found, index):
+        raise UserError(f"{path}: metadata.{impossible} cannot be: no writer of ours has written it")
     if found.tokens.window_shape != index.frame_shape:
         raise UserError(
             f"{path}: windows of {index.frame_shape}, where metadata.tokens says {found.tokens.window_shape}"
         )
     return found
+
+
+def _impossible(metadata: TokenMetadata, index: Index) -> str | None:
+    """Which of the values is none that there can be."""
+    tokens, skipped = metadata.tokens, metadata.origin.skipped_episodes
+    if tokens.dtype not in _DTYPES:
+        return f"tokens.dtype = {tokens.dtype!r:.40}"
+    for name in ("shape", "frame_shape", "action_shape"):
+        if any(size < 1 for size in getattr(tokens, name)):
+            return f"tokens.{name} = {getattr(tokens, name)!r:.40}"
+    if not 1 <= tokens.stride < 2**31:
+        return f"tokens.stride = {tokens.stride!r:.40}"
+    episodes = len(index.lengths) + len(skipped)
+    if list(skipped) != sorted(set(skipped)) or any(not 0 <= episode < episodes for episode in skipped):
+        return f"origin.skipped_episodes = {skipped!r:.40}"
+    return None
 
 
 class TokenDataset:

@@ -110,7 +110,6 @@ class Attempt:
                 f"train over them; name another folder, or leave the flag out to go on"
             )
         for name, part in self.task.frozen.items():
-            say(f"{name}: step {part.step} of {part.path} ({part.job})")
             self.frozen[name] = pin(self.run_dir, name, part, self.mesh, self.rules)
         begin = time.perf_counter()
         restored = self._restore()

@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jasmine.errors import ClusterError, UserError
-from jasmine.training import objects, run_files
+from jasmine.training import checksums, distributed, objects, run_files
 from jasmine.training.config import TrainConfig
 from jasmine.training.nonfinite import name_of
 from jasmine.training.state import TrainState
@@ -154,7 +153,7 @@ class Checkpointer:
             ClusterError: of something that may pass.
         """
         run_files.leave_if_replaced(self.directory.parent)
-        described = {**meta, "checksum": int(_checksum(state))}
+        described = {**meta, checksums.KEY: checksums.checksums(_parts(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(described))
         try:
             self._manager.wait_until_finished()
@@ -316,7 +315,7 @@ class Checkpointer:
             raise
         except Exception as error:
             mine, why = _AWAY if objects.may_pass(error) else _DAMAGED, objects.reason(error)
-        verdict = _worst(mine)
+        verdict = distributed.largest(mine)
         if verdict != _READ or restored is None:
             return None, verdict, why
         if not _as_saved(restored.state, restored.meta):
@@ -344,28 +343,16 @@ class Checkpointer:
         self._manager.reload()
 
 
-@jax.jit
-def _checksum(state: TrainState) -> jax.Array:
-    """uint32 of all bits of a state. Integers wrap: the order of summation, and with it the topology, does not matter."""
-    words = []
-    for array in jax.tree.leaves(state):
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-        words.append(jnp.sum(bits, dtype=jnp.uint32))
-    return jnp.sum(jnp.stack(words), dtype=jnp.uint32)
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _as_saved(state: TrainState, meta: Mapping[str, Any]) -> bool:
-    """Whether a state is what `meta` says was saved. Storage may return other bits than it was given, and of the files of
-    large arrays neither Orbax nor a disk keeps checksums."""
-    return "checksum" not in meta or int(meta["checksum"]) == int(_checksum(state))
-
-
-def _worst(mine: int) -> int:
-    """The largest of all processes' numbers."""
-    if jax.process_count() == 1:
-        return mine
-    return int(multihost_utils.process_allgather(jnp.asarray(mine)).max())
+    found = checksums.checksums(_parts(state))
+    # Older checkpoints have one of the whole state, which is what those of its parts add up to.
+    if checksums.KEY not in meta and "checksum" in meta:
+        return int(meta["checksum"]) == sum(found.values()) % 2**32
+    return checksums.agree(found, meta)
 
 
 def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 
 from jasmine.errors import (
     EXIT_FAILED,
@@ -238,6 +240,13 @@ def place() -> tuple[int, int]:
     from jax._src import distributed
 
     return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
+def largest(mine: int) -> int:
+    """The largest of all processes' numbers; every process calls it."""
+    if jax.process_count() == 1:
+        return mine
+    return int(multihost_utils.process_allgather(np.asarray(mine)).max())
 
 
 @contextlib.contextmanager

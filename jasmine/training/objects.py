@@ -160,13 +160,15 @@ class _Outbox:
                 self._changed.wait_for(lambda: self._lines)
                 self._changed.wait_for(lambda: self._hurry, timeout=SECONDS)
                 lines = dict(self._lines)
-            try:
-                for path, some in lines.items():
+            problem = None
+            for path, some in lines.items():
+                try:
                     some.check()
                     self._send(path, some)
-                self.problem = None
-            except Exception as error:  # whatever the client raises: it is tried again
-                self.problem = error
+                except Exception as error:  # whatever the client raises: it is tried again, after the others' turn
+                    problem = error
+            self.problem = problem
+            if problem is not None:
                 time.sleep(SECONDS)
 
     def _send(self, path: str, some: _Lines) -> None:

@@ -11,9 +11,11 @@ the next attempt is kept away from; for a problem that all of several have, such
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import statistics
+import sys
 import threading
 import time
 import uuid
@@ -33,6 +35,7 @@ CLOCK_SECONDS = 30.0
 # When the time is up, it is for all of them within moments; one that does not say so by then is not running.
 AWAKE_SECONDS = 3.0
 _KEY = "jasmine/preflight"
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def preflight(run_dir: epath.Path) -> None:
@@ -88,8 +91,20 @@ def _report(run_dir: epath.Path) -> dict[str, Any]:
         probe.unlink()
     except objects.errors(run_dir) as error:
         problem = f"cannot write to {run_dir}: {objects.reason(error)}"
-    code = Path(__file__).resolve().parents[2].name
-    return {"devices": found, "code": code, "compute_seconds": _compute_seconds(), "problem": problem}
+    return {"devices": found, "code": _code(), "compute_seconds": _compute_seconds(), "problem": problem}
+
+
+def _code(package: Path = _PACKAGE) -> str:
+    """A checksum of the files of the code: a host may have an old copy of it, or one that a disk has damaged."""
+    digest = hashlib.sha256()
+    sources = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    if script := getattr(sys.modules["__main__"], "__file__", None):
+        sources[""] = Path(script)
+    for name in sorted(sources):
+        with contextlib.suppress(OSError):  # one that is not there differs from one that is
+            content = sources[name].read_bytes()
+            digest.update(f"{name}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _compute_seconds() -> float:
@@ -173,7 +188,7 @@ def _worst(reports: list[dict[str, Any]]) -> tuple[int | None, str] | None:
     usual = statistics.mode(codes)
     for process, code in enumerate(codes):
         if code != usual:
-            return process, f"runs the code {code}, the others {usual}"
+            return process, f"runs other code than the others (checksums of the files: {code}, {usual})"
     middle = statistics.median(float(report["clock"]) for report in reports)
     for process, report in enumerate(reports):
         if (ahead := float(report["clock"]) - middle) > CLOCK_SECONDS or ahead < -CLOCK_SECONDS:

@@ -54,7 +54,7 @@ def replay(
     rules, definition, optimizer = ShardingRules(), ModelDefinition(task), make_optimizer(config)
     abstract = abstract_state(definition, optimizer, mesh, rules, config.ema_decay > 0)
     frozen: FrozenParams = {
-        name: part.load(tree_shardings(part.definition.shapes, part.definition.logical, mesh, rules))
+        name: part.load(tree_shardings(part.definition.shapes, part.definition.logical, mesh, rules))[1]
         for name, part in task.frozen.items()
     }
     state, all_left_out = _state_before(step, task, config, run_dir, definition, optimizer, abstract)

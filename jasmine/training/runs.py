@@ -1,5 +1,5 @@
 """Opens what another run has trained: its model's architecture from its own config.json, its weights from its newest
-checkpoint. Read-only: nothing here writes to the run that is opened.
+checkpoint that can be read and holds what was saved. Read-only: nothing here writes to the run that is opened.
 
 Nobody repeats a model's options: `--tokenizer_checkpoint RUN` is all there is to say. A run that uses frozen parts keeps
 their weights in `frozen/<name>/` of its own directory, in the layout of a run, from its first step on: what it computes
@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from pydantic import TypeAdapter, ValidationError
 
-from jasmine.errors import UserError
-from jasmine.training import objects, run_files
+from jasmine.errors import ClusterError, UserError
+from jasmine.training import checksums, distributed, objects, run_files
 from jasmine.training.config import TrainConfig
 from jasmine.training.sharding import ShardingRules, tree_shardings
 from jasmine.training.state import ModelDefinition, Params
@@ -79,7 +80,7 @@ class TrainedRun:
         job: the baseline's name.
         config: its options, an instance of that baseline's `Config`.
         data: what it was trained on.
-        step: of its newest checkpoint; 0 where only the architecture is known, and there are no weights.
+        steps: of its finished checkpoints, newest first; none where only the architecture is known, without weights.
         task: the baseline's `Task`.
     """
 
@@ -87,7 +88,7 @@ class TrainedRun:
     job: str
     config: Any
     data: DataInfo
-    step: int
+    steps: tuple[int, ...]
     task: BaseTask
 
     @functools.cached_property
@@ -96,28 +97,67 @@ class TrainedRun:
         return ModelDefinition(self.task)
 
     @functools.cached_property
-    def params(self) -> Params:
-        """Its weights, moving averages where the run keeps them, on the first local device."""
+    def _loaded(self) -> tuple[int, Params]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return self.load(jax.tree.map(lambda _: device, self.definition.shapes))
 
-    def load(self, shardings: Any) -> Params:
-        """The weights in the given shardings.
+    @property
+    def params(self) -> Params:
+        """Its weights, moving averages where the run keeps them, on the first local device."""
+        return self._loaded[1]
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint that `params` are from; 0 where there is none."""
+        return self._loaded[0] if self.steps else 0
+
+    def load(self, shardings: Any) -> tuple[int, Params]:
+        """The weights in the given shardings, from the newest checkpoint that is not damaged, and its step. Every process
+        calls it where the shardings are those of several.
 
         Raises:
-            UserError: the checkpoint cannot be read, or does not fit the config beside it.
-            ClusterError: it cannot be read now.
+            UserError: all checkpoints are damaged, or one does not fit the config beside it.
+            ClusterError: one cannot be read now.
         """
-        path = self.path / "checkpoints" / str(self.step) / "state"
-        checkpointer = ocp.PyTreeCheckpointer()
-        try:
-            with _quiet():
-                saved = checkpointer.metadata(path).item_metadata.tree
-            name = "ema" if saved.get("ema") else "params"
-            have = _shapes(saved[name])
-        except Exception as error:
-            raise objects.storage_error(f"the checkpoint {path} cannot be read", error) from error
-        want = _shapes(self.definition.shapes)
+        folder = self.path / "checkpoints"
+        shared = not all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
+        damaged: list[str] = []
+        for step in self.steps:
+            problem: Exception | None = None
+            try:
+                params, saved = self._read(folder / str(step), shardings)
+            except UserError:
+                raise
+            except Exception as error:
+                problem = error
+            verdict = 0 if problem is None else 2 if objects.may_pass(problem) else 1
+            verdict = distributed.largest(verdict) if shared else verdict
+            why = objects.reason(problem) if problem is not None else "on another process"
+            if verdict == 2:
+                raise ClusterError(f"the checkpoint {folder / str(step)} cannot be read now: {why}") from problem
+            if verdict == 0:
+                found = checksums.checksums(params) if shared else checksums.checksums_on_host(params)
+                if not checksums.agree(found, saved):
+                    verdict, why = 1, "its contents are not those that were saved"
+            if verdict == 0:
+                if damaged:
+                    print(
+                        f"warning: step {step} is the newest in {folder} that can be read ({'; '.join(damaged)})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                return step, next(iter(params.values()))
+            damaged.append(f"step {step}: {why}")
+        raise UserError(f"no checkpoint in {folder} can be read ({'; '.join(damaged)})")
+
+    def _read(self, path: epath.Path, shardings: Any) -> tuple[dict[str, Params], Mapping[str, Any]]:
+        """The weights of a checkpoint under the name of the part that they are, and what was written beside them. Orbax's
+        checkpointer would have processes that could read it wait for those that could not."""
+        handler = ocp.PyTreeCheckpointHandler()
+        with _quiet():
+            saved = handler.metadata(path / "state").tree
+        name = "ema" if saved.get("ema") else "params"
+        have, want = _shapes(saved[name]), _shapes(self.definition.shapes)
         if have != want:
             different = sorted(key for key in have.keys() | want.keys() if have.get(key) != want.get(key))[0]
             raise UserError(
@@ -136,10 +176,7 @@ class TrainedRun:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        try:
-            return checkpointer.restore(path, args=arguments)[name]
-        except Exception as error:
-            raise objects.storage_error(f"the checkpoint {path} cannot be read", error) from error
+        return handler.restore(path / "state", args=arguments), checksums.read(path)
 
     def module(self) -> nnx.Module:
         """The live model."""
@@ -184,8 +221,8 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None, weight
         raise UserError(f"{option}={run} was made by {job}; expected {' or '.join(jobs)}")
     if job not in baseline_modules():
         raise UserError(f"{option}={run} was made by {job}, which is none of {', '.join(sorted(baseline_modules()))}")
-    steps = [0] if not weights else _checkpoints(path / "checkpoints")
-    if not steps:
+    steps = _checkpoints(path / "checkpoints") if weights else ()
+    if weights and not steps:
         raise UserError(f"{option}={run}: {path / 'checkpoints'} holds no finished checkpoint")
     module = importlib.import_module(baseline_modules()[job])
     try:
@@ -198,13 +235,13 @@ def load_run(run: str, *, option: str, jobs: Sequence[str] | None = None, weight
             f"{path / CONFIG_NAME}: {where}: {first['msg']}; was the run made by another version?"
         ) from error
     parts = frozen_parts(config, path, weights=weights)
-    return TrainedRun(path, job, config, info, max(steps), module.Task(config, info, parts))
+    return TrainedRun(path, job, config, info, steps, module.Task(config, info, parts))
 
 
-def _checkpoints(path: epath.Path) -> list[int]:
+def _checkpoints(path: epath.Path) -> tuple[int, ...]:
     steps = ocp.utils.checkpoint_steps(path) if path.is_dir() else []
     # Where a deletion was cut short in Cloud Storage, the mark of a finished checkpoint is left, and nothing else.
-    return [step for step in steps if (path / str(step) / "state").is_dir()]
+    return tuple(sorted((step for step in steps if (path / str(step) / "state").is_dir()), reverse=True))
 
 
 def frozen_parts(config: TrainConfig, run_dir: epath.Path, *, weights: bool = True) -> dict[str, TrainedRun]:
@@ -221,16 +258,22 @@ def frozen_parts(config: TrainConfig, run_dir: epath.Path, *, weights: bool = Tr
 def pin(run_dir: epath.Path, name: str, source: TrainedRun, mesh: Mesh, rules: ShardingRules) -> Params:
     """Loads a frozen part onto the mesh, and keeps a copy in `run_dir` unless there is one. Called by every process."""
     definition = source.definition
-    params = source.load(tree_shardings(definition.shapes, definition.logical, mesh, rules))
+    step, params = source.load(tree_shardings(definition.shapes, definition.logical, mesh, rules))
+    distributed.say(f"{name}: step {step} of {source.path} ({source.job})")
     target = run_dir / "frozen" / name
     if source.path != target:
-        checkpoint = target / "checkpoints" / str(source.step)
-        if jax.process_index() == 0 and checkpoint.exists():
-            checkpoint.rmtree()  # of an attempt that ended before it was whole
+        checkpoints = target / "checkpoints"
+        if jax.process_index() == 0 and checkpoints.exists():
+            checkpoints.rmtree()  # of an attempt that ended before it was whole
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"pin {name}")
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(checkpoint / "state", {"params": params})
+        parts = {"params": params}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(parts),
+            meta=ocp.args.JsonSave({checksums.KEY: checksums.checksums(parts)}),
+        )
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(checkpoints / str(step), items)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"pinned {name}")
         if jax.process_index() == 0:

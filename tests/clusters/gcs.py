@@ -22,7 +22,8 @@ BUCKET = "bucket"
 
 
 class Gcs:
-    """A storage that answers at `url`, with the empty bucket `BUCKET`. `env` is what points every client at it."""
+    """A storage that answers at `url`, with the empty bucket `BUCKET`. `env` is what points every client at it; what every
+    process of ours sets for itself is not in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,8 +38,6 @@ class Gcs:
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GCS_TOKEN": "anon",
             "NO_GCE_CHECK": "true",
-            "FSSPEC_GCS_USE_LISTINGS_CACHE": "false",
-            "EPATH_USE_TF": "false",
         }
 
     @property
@@ -118,6 +117,10 @@ class Gcs:
     def limit_writes(self, seconds: float) -> None:
         """Answer 429 to whoever writes to one object a second time within so many seconds."""
         self._admin("write_seconds", seconds=seconds)
+
+    def soft_delete(self, seconds: int) -> None:
+        """Let the bucket say that it keeps for so long what is deleted or overwritten (0: that it does not)."""
+        self._admin("soft_delete", seconds=seconds)
 
     def heal(self) -> None:
         """Let nothing go wrong any more."""

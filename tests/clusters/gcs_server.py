@@ -204,6 +204,8 @@ class Faults:
     pending: list[Fault] = field(default_factory=list)
     latency: float = 0.0
     write_seconds: float = 0.0
+    # Of every bucket; the real service gives a new one a week.
+    soft_delete_seconds: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     written: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -339,7 +341,8 @@ class Handler(BaseHTTPRequestHandler):
             name = unquote(parts[1]) if len(parts) > 1 else ""
             there = buckets.bucket(name)
             if len(parts) == 2 and method == "GET":
-                return Answer(_bucket(name))
+                policy = {"retentionDurationSeconds": str(self.server.faults.soft_delete_seconds)}
+                return Answer({**_bucket(name), "softDeletePolicy": policy})
             if parts[2:] == ["storageLayout"] and method == "GET":
                 return Answer({"kind": "storage#storageLayout", "bucket": name, "location": "US"})
             if parts[2:] == ["o"] and method == "GET":
@@ -623,6 +626,8 @@ class Handler(BaseHTTPRequestHandler):
             faults.latency = arguments["seconds"]
         elif verb == "write_seconds":
             faults.write_seconds = arguments["seconds"]
+        elif verb == "soft_delete":
+            faults.soft_delete_seconds = arguments["seconds"]
         elif verb == "heal":
             faults.pending.clear()
             faults.latency = faults.write_seconds = 0.0

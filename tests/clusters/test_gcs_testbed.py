@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.clusters.gcs import BUCKET, Gcs
 from tests.jobs import REPO
@@ -116,6 +117,47 @@ def test_gcsfs_and_epath_work_unmodified(gcs: Gcs) -> None:
         """)
     )
     assert gcs.objects() == {}
+
+
+@pytest.mark.slow
+def test_array_record_reads_a_shard_unmodified(gcs: Gcs, tmp_path, bucket) -> None:
+    shard = tmp_path / "shard.array_record"
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    for index in range(50):
+        writer.write(bytes([index]) * 10_000)
+    writer.close()
+    bucket.blob("data/shard.array_record").upload_from_filename(str(shard))
+    python(f"""
+        from array_record.python.array_record_module import ArrayRecordReader
+        reader = ArrayRecordReader("{gcs.root}/data/shard.array_record")
+        assert reader.num_records() == 50
+        assert reader.read([7, 49]) == [bytes([7]) * 10_000, bytes([49]) * 10_000]
+    """)
+    assert [one for one in gcs.requests if one["method"] == "GET" and one["path"].endswith("/data/shard.array_record")]
+
+
+@pytest.mark.slow
+def test_what_imports_jasmine_sees_at_once_what_others_write(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients' caches of listings are off in production: nothing of the environment here says so."""
+    for name in ("FSSPEC_GCS_USE_LISTINGS_CACHE", "EPATH_USE_TF"):
+        monkeypatch.delenv(name, raising=False)
+
+    def sees(first: str, folder: str) -> str:
+        return python(f"""
+        {first}
+        import os
+        from etils import epath
+        from google.cloud import storage
+        folder, bucket = epath.Path("{gcs.root}/{folder}"), storage.Client(project="test").bucket("{BUCKET}")
+        seen = []
+        for step in (1, 2):
+            bucket.blob(f"{folder}/{{step}}/commit_success.txt").upload_from_string(b"")
+            seen.append(len(list(folder.iterdir())))
+        print(seen, os.environ.get("EPATH_USE_TF"))
+        """).strip()
+
+    assert sees("", "a") == "[1, 1] None", "gcsfs has no cache any more, and this test no sense"
+    assert sees("import jasmine", "b") == "[1, 2] false"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Datasets of strangers: whatever is in their files is data or one line that says which file is wrong, and never runs."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 
 from jasmine.data.make.recordings import decode
 from jasmine.data.opening import open_dataset
+from jasmine.data.tokens import EncoderInfo, Origin, TokenDataset, TokenInfo, TokenMetadata, open_training_data
 from jasmine.data.verify import main as verify
 from jasmine.data.writer import EpisodeWriter
 from jasmine.errors import UserError
@@ -90,6 +92,43 @@ def test_shards(splits: dict[str, Path], tmp_path: Path, encoding: str) -> None:
         shard.write_bytes(data)
         read_all(folder)
 
+    test()
+
+
+def test_indices_of_tokens(splits: dict[str, Path], tmp_path: Path) -> None:
+    encoder = EncoderInfo("runs/tok", "train_tokenizer_vqvae", 6, "0123", {"patch_size": 4})
+    tokens = TokenInfo("tokens", "uint8", (4,), 2, 1, (8, 8, 3), (), encoder, None)
+    metadata = dataclasses.asdict(TokenMetadata(tokens, Origin("data/train", 29, (1,), 100)))
+    folder = tmp_path / "split"
+    with EpisodeWriter(folder, frame_shape=tokens.window_shape, fps=15, encoding="raw", metadata=metadata) as writer:
+        for windows in (2, 16):
+            writer.write(np.zeros((windows, *tokens.window_shape), np.uint8))
+    index = json.loads((folder / "index.json").read_text())
+
+    def read() -> None:
+        try:
+            dataset = open_training_data(folder)
+            dataset.read_windows([0, 1], [0, 0], 2)
+            dataset.locate(1, 0)
+        except UserError as error:
+            check_names(error, folder)
+
+    @tries(120)
+    @given(altered(index["metadata"]))
+    def test(metadata: object) -> None:
+        (folder / "index.json").write_text(json.dumps(index | {"metadata": metadata}))
+        read()
+
+    assert isinstance(open_training_data(folder), TokenDataset)
+    read()
+    for path, value in {
+        "tokens.dtype": "x", "tokens.shape": [-2, -2], "tokens.stride": 2**64, "origin.skipped_episodes": [10**30],
+    }.items():  # fmt: skip
+        part, key = path.split(".")
+        wrong = index["metadata"] | {part: index["metadata"][part] | {key: value}}
+        (folder / "index.json").write_text(json.dumps(index | {"metadata": wrong}))
+        with pytest.raises(UserError, match=f"index.json: metadata.{path} = "):
+            open_training_data(folder)
     test()
 
 

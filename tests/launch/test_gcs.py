@@ -28,6 +28,23 @@ def here(checkout: Checkout, gcs: Gcs, tmp_path: Path, monkeypatch: pytest.Monke
     return checkout
 
 
+def test_submission_warns_of_a_bucket_that_keeps_what_is_deleted(here: Checkout, gcs: Gcs) -> None:
+    def told() -> str:
+        done = here.run(
+            "submit", "--cluster", "local", "--name", "r", "--wait", "train_tokenizer_vqvae", "--num_steps", "1"
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "warning" not in told()
+    gcs.soft_delete(7 * 86400)
+    (warning,) = [line for line in told().splitlines() if line.startswith("warning: ")]
+    assert "gs://bucket keeps, and bills, all that is deleted or overwritten for 7 days" in warning
+    assert warning.endswith(": gcloud storage buckets update gs://bucket --clear-soft-delete")
+    gcs.fail_next(403, count=10**6, method="GET", contains="/b/bucket?")  # may not read the bucket, only what is in it
+    assert "warning" not in told()
+
+
 def steps(run: RunDir) -> list[int]:
     return [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
 

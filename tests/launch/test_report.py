@@ -125,6 +125,7 @@ def test_a_run_with_a_fault(tmp_path: Path) -> None:
             assert bucket.other_name in words
     told = "\n".join(summary(found))
     assert f"{found.account.goodput:.1%}" in told
+    assert "training steps that still count [GOODPUT]" in told
     assert "waits for data 42%" in told
 
 

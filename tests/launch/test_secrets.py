@@ -3,6 +3,7 @@
 Each test runs a real job, looks at all processes of this machine while it runs, and at all files and messages afterwards.
 """
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.cluster_files import load_cluster
+from launch.errors import UserError
 from tests.clusters.cloud_tpu import CloudTpu
 from tests.clusters.gcs import Gcs
 from tests.clusters.slurm import SlurmCluster as Slurm
@@ -147,6 +150,22 @@ def test_on_cloud_tpu(kept: Secrets, cloud_tpu: CloudTpu) -> None:
     assert not [
         path for path in cloud_tpu.folder.rglob("*") if path.is_file() and kept.value.encode() in path.read_bytes()
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("WANDB_API_KEY", True), ("HF_TOKEN", True), ("GITHUB_PAT", True), ("DB_PASS", True), ("AWS_CREDENTIALS", True),
+        ("AZURE_CREDENTIAL", True), ("DATABASE_URL", True), ("smtp_password", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS", False), ("AWS_SHARED_CREDENTIALS_FILE", False), ("PATH", False),
+        ("LD_LIBRARY_PATH", False), ("COMPASS", False), ("NUM_PASSES", False), ("TOKENIZERS_PARALLELISM", False),
+    ],
+)  # fmt: skip
+def test_which_names_are_secrets(tmp_path: Path, name: str, secret: bool) -> None:
+    (tmp_path / "c.yaml").write_text(f"backend: slurm\nenv: {{{name}: abc}}\n")
+    refused = pytest.raises(UserError, match=f"{name} looks like a secret") if secret else contextlib.nullcontext()
+    with refused:
+        load_cluster(str(tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def train(task: BaseTask, mesh_config: MeshConfig, steps: int = 3):
     abstract = abstract_state(definition, optimizer, mesh, rules, ema=False)
     state = initial_state(task, definition, optimizer, abstract)
     frozen = {
-        name: part.load(tree_shardings(part.definition.shapes, part.definition.logical, mesh, rules))
+        name: part.load(tree_shardings(part.definition.shapes, part.definition.logical, mesh, rules))[1]
         for name, part in task.frozen.items()
     }
     feed = DataFeed(open_training_data(config.data_dir), config, mesh, rules, seed=config.seed)
@@ -96,7 +96,7 @@ def published() -> dict[str, ModelDefinition]:
         config = module.Config(data_dir="unused")
         frozen = {
             name: TrainedRun(
-                epath.Path(name), part.jobs[0], modules[part.jobs[0]].Config(), data, 1,
+                epath.Path(name), part.jobs[0], modules[part.jobs[0]].Config(), data, (),
                 modules[part.jobs[0]].Task(modules[part.jobs[0]].Config(), data),
             )
             for name, part in config.frozen_runs().items()

@@ -9,7 +9,12 @@ import pytest
 from etils import epath
 
 from jasmine.data.writer import EpisodeWriter
-from jasmine.training import run_files
+from jasmine.errors import UserError
+from jasmine.training import objects, run_files
+from jasmine.training.config import MeshConfig
+from jasmine.training.mesh import make_mesh
+from jasmine.training.runs import load_run, pin
+from jasmine.training.sharding import ShardingRules
 from launch.objects import place
 from tests import jobs
 from tests.clusters.gcs import Gcs
@@ -71,10 +76,59 @@ def test_a_checkpoint_that_was_half_deleted_or_damaged_is_passed_over(straight, 
         capture_output=True,
         text=True,
     )
-    assert opened.stdout.strip() == "10", opened.stderr
+    assert opened.stdout.strip() == "5", opened.stderr
+    assert (
+        "warning: step 5 is the newest in gs://bucket/runs/r/checkpoints that can be read (step 10: " in opened.stderr
+    )
+    assert len(gcs.objects("runs/r/checkpoints/15/")) == 1, "who only reads has deleted something"
     again = jobs.run(args(tiny_data))
     assert "resumed from the checkpoint of step 5" in again.output()
     assert_same(straight, exactly=True)
+
+
+def test_killed_in_mid_save_it_goes_on_from_the_checkpoint_before(straight, tiny_data, gcs: Gcs):
+    jobs.run(args(tiny_data), script=jobs.FAULTY, env={"FAULT": "kill_in_save@10"}, expect=-9)
+    # Beside what it had written of step 10 by then, as much of a step that nobody saves again.
+    for path in gcs.objects("runs/r/checkpoints/5/"):
+        if not path.endswith("/commit_success.txt"):
+            place(f"gs://bucket/{path.replace('/5/', '/7/', 1)}").write_bytes(place(f"gs://bucket/{path}").read_bytes())
+    assert "runs/r/checkpoints/5/commit_success.txt" in gcs.objects()
+    assert "runs/r/checkpoints/10/commit_success.txt" not in gcs.objects()
+    assert gcs.objects("runs/r/checkpoints/7/")
+    assert load_run(RUN, option="r").step == 5
+    assert gcs.objects("runs/r/checkpoints/7/"), "who only reads has deleted something"
+    again = jobs.run(args(tiny_data))
+    assert "resumed from the checkpoint of step 5" in again.output()
+    assert not gcs.objects("runs/r/checkpoints/7/")
+    assert_same(straight, exactly=True)
+
+
+def test_a_frozen_copy_in_a_bucket_is_opened_again_and_checked(straight, gcs: Gcs):
+    source = load_run(str(straight), option="r")
+    pin(epath.Path(RUN), "tokenizer", source, make_mesh(MeshConfig()), ShardingRules())
+    copy = load_run(f"{RUN}/frozen/tokenizer", option="r")
+    assert (copy.step, copy.fingerprint()) == (20, source.fingerprint())
+    meta = place(f"{RUN}/frozen/tokenizer/checkpoints/20/meta/metadata")
+    record = json.loads(meta.read_text())
+    record["checksums"]["params"] ^= 1  # as if the arrays were others
+    meta.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read .*step 20: its contents are not those"):
+        _ = load_run(f"{RUN}/frozen/tokenizer", option="r").params
+
+
+def test_lines_of_one_file_that_cannot_be_written_hold_up_no_others(gcs: Gcs, monkeypatch):
+    monkeypatch.setattr(objects, "PATIENCE", 0.1)
+    monkeypatch.setattr(objects, "SECONDS", 0.1)
+    outbox, paths = objects._Outbox(), [f"{RUN}/{name}.jsonl" for name in ("bad", "good")]
+    gcs.fail_next(403, count=10**6, contains="bad.jsonl")
+    for path in paths:
+        outbox.put(path, b"1\n", lambda: None)
+    jobs.wait_until(lambda: place(paths[1]).exists(), timeout=30, what="the other file")
+    assert not outbox.flush(0.5)
+    assert "403" in str(outbox.problem)
+    gcs.heal()
+    assert outbox.flush(30)
+    assert [place(path).read_text() for path in paths] == ["1\n", "1\n"]
 
 
 def test_training_outlasts_storage_that_fails_for_a_while(straight, tiny_data, gcs: Gcs):

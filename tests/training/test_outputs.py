@@ -21,7 +21,8 @@ def full_run(tiny_data, tmp_path_factory):
     args += ["--num_steps", "12", "--val_interval", "5", "--val_steps", "2", "--log_checkpoint_interval", "4"]
     args += ["--keep_checkpoints", "1", "--log_checkpoint_keep_period", "8", "--profile_steps", "3:5"]
     args += ["--log", "--tensorboard", "--log_gradients", "--log_interval", "3"]
-    job = jobs.run(args, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "FAULT": "mark@0"}
+    job = jobs.run(args, script=jobs.FAULTY, env=env)
     return run_dir, job.output()
 
 
@@ -71,9 +72,17 @@ def test_wandb_offline_and_tensorboard_hold_the_curve(full_run):
 def test_profile_and_events(full_run):
     run_dir, _ = full_run
     assert list(run_dir.glob("profile/**/*.xplane.pb"))
-    for name in ("init", "started", "compiled", "first_step", "evaluated", "checkpoint", "finished"):
-        assert jobs.events(run_dir, name)
-    assert [event["step"] for event in jobs.events(run_dir, "checkpoint_committed")] == [4, 8, 12]
+    for name in ("init", "started", "compiled"):
+        assert len(jobs.events(run_dir, name)) == 1
+    for name, steps in {
+        "first_step": [1], "step_mark": list(range(1, 13)), "evaluated": [5, 10, 12], "checkpoint": [4, 8, 12],
+        "checkpoint_committed": [4, 8, 12], "finished": [12],
+    }.items():  # fmt: skip
+        assert [event["step"] for event in jobs.events(run_dir, name)] == steps, name
+    spent = [event["spent"] for event in jobs.events(run_dir, "step_mark")]
+    for what in ("data", "compile", "evaluation", "checkpoint"):
+        assert [one[what] for one in spent] == sorted(one[what] for one in spent)
+        assert spent[-1][what] > 0
     config = json.loads((run_dir / "config.json").read_text())
     assert config["job"] == "train_tokenizer_vqvae"
     assert config["config"]["mesh"] == {"data": -1, "fsdp": 1, "tensor": 1}

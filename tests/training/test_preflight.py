@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_a_blame_that_cannot_be_written_changes_nothing(tmp_path: Path, monkeypa
     assert not blame.exists()
 
 
+def test_the_code_is_told_by_its_files_wherever_they_lie(tmp_path: Path):
+    shutil.copytree(jobs.REPO / "jasmine", tmp_path / "jasmine", ignore=shutil.ignore_patterns("__pycache__"))
+    begin = time.perf_counter()
+    mine = preflight._code()
+    assert time.perf_counter() - begin < 1
+    assert preflight._code(tmp_path / "jasmine") == mine
+    (tmp_path / "jasmine" / "models" / "more.py").touch()
+    assert preflight._code(tmp_path / "jasmine") != mine
+
+
 def _start(run: Path, fault: str, seconds: int) -> jobs.Job:
     (run / "attempts" / "1").mkdir(parents=True)
     env = {"JASMINE_ATTEMPT": "1", "JASMINE_PREFLIGHT": str(seconds), "FAULT": fault}
@@ -85,7 +96,7 @@ def test_processes_that_are_well_pass(tmp_path: Path):
     ("fault", "seconds", "problem"),
     [
         ("clock@1", 60, "has a clock that is 100 s ahead"),
-        ("code@2", 60, "runs the code other, the others "),
+        ("code@2", 60, "runs other code than the others (checksums of the files: "),
         ("wrong@1", 60, "got a wrong number from an all-reduce over all devices"),
         ("late@1", 3, "has joined the job but did not report within 3 s"),
         ("late@0", 3, "has joined the job but did not report within 3 s"),
@@ -98,6 +109,8 @@ def test_the_one_that_is_not_is_named(tmp_path: Path, fault: str, seconds: int, 
     run, culprit = tmp_path / "r", int(fault[-1])
     if fault.startswith("code"):
         shutil.copytree(jobs.REPO / "jasmine", tmp_path / "other" / "jasmine")
+        with (tmp_path / "other" / "jasmine" / "models" / "layers.py").open("a") as file:
+            file.write("# of yesterday\n")
     job = _start(run, fault, seconds)
     others = [process for index, process in enumerate(job.processes) if index != culprit]
     try:

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from jasmine import inspect
 from jasmine.errors import UserError
+from jasmine.training import checksums
 from jasmine.training.runs import find_run, load_run
 from tests import jobs
 from tests.jobs import BASELINES, FAMILY
@@ -94,12 +96,93 @@ def test_a_checkpoint_that_does_not_fit_its_config_says_where(family, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_is_torn_is_named(family, tmp_path):
+def test_of_checkpoints_that_are_torn_the_one_before_is_opened(family, tmp_path, capfd):
     shutil.copytree(family["vqvae"], tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"):
+    tear(tmp_path / "run" / "checkpoints" / "6" / "state")
+    assert load_run(str(tmp_path / "run"), option="RUN").step == 4
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "step 4 is the newest" in warning
+    assert "(step 6: " in warning
+    for step in ("2", "4"):
+        tear(tmp_path / "run" / "checkpoints" / step / "state")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read") as caught:
+        _ = load_run(str(tmp_path / "run"), option="RUN").params
+    assert str(tmp_path / "run" / "checkpoints") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def tear(folder):
+    for path in folder.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="cannot be read") as caught:
-        _ = load_run(str(tmp_path / "run"), option="RUN").params
-    assert str(tmp_path / "run" / "checkpoints" / "6") in str(caught.value)
-    assert "\n" not in str(caught.value)
+
+
+def test_of_checkpoints_with_one_wrong_bit_the_one_before_is_opened_and_nothing_is_moved(
+    tiny_data, tmp_path, capfd, monkeypatch
+):
+    run = tmp_path / "run"
+    args = [*jobs.TINY, *jobs.WIDE, "--data_dir", str(tiny_data), "--ckpt_dir", str(run)]
+    jobs.run([*args, "--stop_at_step", "2", "--log_checkpoint_interval", "1"])
+    good = load_run(str(run), option="RUN")
+    assert good.step == 2
+
+    def is_wrong_unnoticed() -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "agree", lambda found, meta: True)
+            opened = load_run(str(run), option="RUN")
+            return opened.step == 2 and opened.fingerprint() != good.fingerprint()
+
+    def damage_step_2() -> None:
+        """Flips bits of the largest file, one after another, until one is of a parameter."""
+        state = run / "checkpoints" / "2" / "state"
+        largest = max((path for path in state.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+        whole = largest.read_bytes()
+        for at in range(len(whole) // 50, len(whole), len(whole) // 50):
+            largest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            if is_wrong_unnoticed():
+                return
+        raise AssertionError("no bit of a parameter is found")
+
+    damage_step_2()
+    there = sorted(run.rglob("*"))
+    capfd.readouterr()
+    assert load_run(str(run), option="RUN").step == 1
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    newest = f"step 1 is the newest in {run / 'checkpoints'} that can be read"
+    assert f"{newest} (step 2: its contents are not those that were saved)" in warning
+    assert inspect.main([str(run), "--html", str(tmp_path / "page.html")]) == 0
+    shown = capfd.readouterr()
+    assert newest in shown.err
+    assert shown.out.startswith("train_tokenizer_vqvae, step 1 of 40\n")
+    assert inspect.main([str(run), "--step", "2", "--html", str(tmp_path / "page.html")]) == 2
+    assert "checkpoints/2 cannot be read: its contents are not those that were saved" in capfd.readouterr().err
+    tear(run / "checkpoints" / "1" / "state")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(step 2: its contents .*; step 1: "):
+        _ = load_run(str(run), option="RUN").step
+    assert sorted(run.rglob("*")) == there
+
+
+def test_a_frozen_copy_with_one_wrong_bit_is_one_line(family, tmp_path):
+    shutil.copytree(family["causal"], tmp_path / "run")
+    (meta,) = (tmp_path / "run" / "frozen" / "tokenizer" / "checkpoints").glob("*/meta/metadata")
+    record = json.loads(meta.read_text())
+    record["checksums"]["params"] ^= 1  # as if the arrays were others
+    meta.write_text(json.dumps(record))
+    args = family.args("causal", tmp_path / "run", "--num_steps", "7")
+    job = jobs.run(args, script=BASELINES["train_dynamics_causal"], expect=2)
+    (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
+    assert "frozen/tokenizer/checkpoints can be read (step 6: its contents are not those that were saved)" in line
+
+
+def test_checkpoints_of_before_there_were_checksums_of_parts_are_read(family, tmp_path):
+    shutil.copytree(family["vqvae"], tmp_path / "run")
+    meta = tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata"
+    record = json.loads(meta.read_text())
+    whole = sum(record.pop("checksums").values()) % 2**32
+    meta.write_text(json.dumps(record | {"checksum": whole}))
+    assert load_run(str(tmp_path / "run"), option="RUN").step == 6
+    args = family.args("vqvae", tmp_path / "run", "--num_steps", "7")
+    assert "resumed from the checkpoint of step 6" in jobs.run(args).output()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
+    meta.write_text(json.dumps(record | {"checksum": whole ^ 1}))
+    assert "resumed from the checkpoint of step 4" in jobs.run(args).output()

@@ -4,6 +4,9 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
+import textwrap
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -69,6 +72,27 @@ def test_saves_by_the_clock_count_from_the_last_save_of_any_kind():
     never = SaveClock(0.0, clock=lambda: now)
     now += 1e9
     assert not never.due(6)
+
+
+@pytest.mark.slow
+def test_the_clock_leaves_few_words_with_the_coordinator():
+    code = f"""
+        import jax
+        from jasmine.training import distributed
+        from jasmine.training.save_clock import SaveClock
+        jax.distributed.initialize("127.0.0.1:{jobs.free_port()}", 1, 0)
+        jax.process_count = lambda: 2  # the other one is never asked anything
+        now = 0.0
+        clock = SaveClock(1.0, clock=lambda: now)
+        for step in range(100):
+            now += 10.0
+            clock.due(step)
+        print(len(distributed.coordination_client().key_value_dir_get("jasmine/save")))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=jobs.REPO, timeout=120
+    )
+    assert done.stdout.strip() == "8", done.stdout + done.stderr
 
 
 @pytest.mark.slow
