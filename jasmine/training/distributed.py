@@ -44,6 +44,8 @@ HEARTBEAT_SECONDS = 60
 SHUTDOWN_SECONDS = 60
 # A name that is not known now may be in a minute, on a machine that has just booted; later it is a mistake.
 RESOLVE_SECONDS = 60
+# How long a process waits for others that are to end as it does.
+LEAVE_SECONDS = 10
 # What a process that fails waits at most for storage to take its last lines.
 LAST_LINES_SECONDS = 10
 
@@ -273,6 +275,7 @@ def exit_with_job() -> Iterator[None]:
     except NotFiniteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_WOULD_REPEAT
+        _let_others_leave()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
         if code in (0, EXIT_SAVED) or coordination_client() is None:
@@ -289,6 +292,17 @@ def exit_with_job() -> Iterator[None]:
     sys.stderr.flush()
     objects.flush(LAST_LINES_SECONDS)
     os._exit(code)
+
+
+def _let_others_leave() -> None:
+    """Waits where all processes come to the same end: when process 0 goes, jax aborts those that have not yet said why."""
+    client = coordination_client()
+    if client is None:
+        return
+    with contextlib.suppress(Exception):  # one that does not come is not waited for long
+        client.wait_at_barrier("jasmine/leave", 1000 * LEAVE_SECONDS)
+        if place()[0] == 0:
+            time.sleep(1)
 
 
 def _enable_compilation_cache() -> None:
