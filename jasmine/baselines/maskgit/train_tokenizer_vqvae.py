@@ -6,8 +6,8 @@ published Jasmine, no LayerNorm touches the pixels of a patch: it takes the brig
     python -m jasmine.data.make coinrun --output_dir data/coinrun
     python launch/submit.py --cluster local train_tokenizer_vqvae --data_dir data/coinrun --val_data_dir data/coinrun
 
-Expected: `make demo` runs a small one (patch 4, dim 64, 1 block) on two CPU cores and passes 21 dB validation PSNR in 500
-steps, about four minutes; docs/lab-notes.md holds figures. The published shape (the defaults) is for accelerators.
+Expected: `make demo` runs a small one (patch 4, dim 64, 1 block) on two CPU cores and passes 21 dB validation PSNR in 800
+steps, about six minutes; docs/lab-notes.md holds figures. The published shape (the defaults) is for accelerators.
 """
 
 import dataclasses
