@@ -6,7 +6,7 @@ Names follow the published Jasmine where it has the option.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jasmine.errors import UserError
 from jasmine.models.transformer import RematPolicy
@@ -34,6 +34,9 @@ class FrozenRun:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Data, schedule, parallelism, logging and checkpoints of a training run."""
+
+    # Options without which there is nothing to train on. The launcher reads these names in the source, without importing it.
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data_dir",)
 
     # --- where things are ---
     data_dir: str = ""

@@ -6,7 +6,7 @@ ones, of all clips or of a share of the episodes, or those of a latent action mo
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ LAM_REVIVAL = 0.1  # the default of train_lam's vq_revival
 class DynamicsConfig(ModelConfig):
     """Options of every dynamics baseline. Defaults are the published Jasmine's; `model_dim`, `ffn_dim`, `num_blocks` and
     `num_heads` are the dynamics model's."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data_dir", "tokenizer_checkpoint")
 
     num_steps: int = 200_000
     batch_size: int = 36
