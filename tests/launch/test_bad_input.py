@@ -156,6 +156,9 @@ def test_an_option_that_the_job_cannot_do_without(checkout: Checkout) -> None:
     dry = checkout.run("submit", "--cluster", "local", "--dry-run", "train_lam")
     assert dry.returncode == 0
     assert dry.stderr == "warning: this would be refused: train_lam needs --data_dir: give it after train_lam\n"
+    slurm = ["submit", "--cluster", "slurm-h100", "--set", "storage=runs", "--export-sbatch", "job.sbatch", "train_lam"]
+    exported = checkout.run(*slurm)
+    assert (exported.returncode, exported.stderr) == (0, dry.stderr)
     given = checkout.run("submit", "--cluster", "local", "--dry-run", "train_lam", "--data-dir=d")
     assert (given.returncode, given.stderr) == (0, "")
 
