@@ -110,8 +110,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             for split in (False, True):
                 mine = [row for row in rows if row["job"] == job and (row["fsdp"] > 1) == split]
                 label = f"{job.removeprefix('train_')}, {'FSDP' if split else 'data parallel'}"
+                # Where both are equal, the hollow squares are seen around the points.
                 axis.plot(
-                    [row["chips"] for row in mine], [value(row) for row in mine], "o-" if split else "s--", label=label
+                    [row["chips"] for row in mine],
+                    [value(row) for row in mine],
+                    "o-" if split else "s--",
+                    markersize=5 if split else 10,
+                    fillstyle="full" if split else "none",
+                    label=label,
                 )
         axis.set(title=title, xlabel="chips", xscale="log")
         axis.set_xticks(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from xmanager import xm
 
-from launch.errors import run_entry_point
+from launch.errors import Parser, run_entry_point
 from launch.xm import CloudTpu, create_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str]) -> int:
     """Launch the experiment; with --wait, return 0 once all of its work units have finished, 1 if one did not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", required=True, help="a file in cluster_configs/, by its stem, or a path")
     parser.add_argument("--title", required=True, help="the experiment's title, and the beginning of its runs' names")
     parser.add_argument("--max_lr", type=float, action="append", required=True, help="given once for each work unit")

@@ -29,6 +29,7 @@ from etils import epath
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jasmine.command_line import Parser
 from jasmine.data.bucket import is_bucket_url
 from jasmine.data.tokens import TokenDataset, open_training_data
 from jasmine.errors import ClusterError, UserError
@@ -386,7 +387,7 @@ def compile_job(script: Path, arguments: Sequence[str], devices: Sequence[jax.De
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jasmine.compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     where = parser.add_mutually_exclusive_group(required=True)
@@ -396,8 +397,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--chips_per_host", type=int, default=4, choices=_HOSTS, help="of a TPU's VM")
     parser.add_argument("script", type=Path, metavar="SCRIPT")
     parser.add_argument("job_arguments", nargs="*", metavar="ARGS", help="the job's options, after --")
-    options = parser.parse_args(arguments)
     with exit_with_job():
+        options = parser.parse_args(arguments)
         # What compiles here never runs: no accelerator of this machine is opened, no cache of programs is written, and libtpu
         # need not ask a metadata server which TPU this is.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "none", "TPU_WORKER_HOSTNAMES": "localhost"}

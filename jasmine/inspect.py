@@ -7,7 +7,6 @@ for the page only, into host memory: no accelerator is taken from the job that m
 run is changed.
 """
 
-import argparse
 import functools
 import html
 import json
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 import treescope
 from etils import epath
 
+from jasmine.command_line import Parser
 from jasmine.errors import EXIT_USER_ERROR, UserError
 from jasmine.training import checksums
 from jasmine.training.objects import may_pass, reason
@@ -305,16 +305,16 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("python -m jasmine.inspect", description=summary, epilog=details)
+    parser = Parser("python -m jasmine.inspect", description=summary, epilog=details)
     parser.add_argument("run", metavar="RUN", help="a run directory, or a run's name under the storage root")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint to show; by default the newest")
     parser.add_argument(
         "--html", nargs="?", const="", metavar="FILE", help=f"write a page of the weights; by default RUN/{PAGE_NAME}"
     )
-    options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that the folders it reads never have
     try:
+        options = parser.parse_args(arguments)
         run_dir = find_run(options.run, "RUN")
         checkpoint = open_checkpoint(run_dir, options.step, weights=options.html is not None)
         description = describe(run_dir, checkpoint)

@@ -164,6 +164,8 @@ def _one_line(error: ValidationError, schema: type[AnyCluster], where: Callable[
         return f"{where(key)}: unknown key {shown(key)}{did_you_mean(key[:99], keys)} (keys: {', '.join(sorted(keys))})"
     if first["type"] == "value_error":
         return f"{_named(where(key), key)}: {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] == "missing":
+        return f"{where(key)}: the key {key} is missing; expected {schema.model_fields[key].description}"
     inside = ".".join(map(str, first["loc"])) if key == "env" else key
     found = f"{inside} is {shown(first['input'])}"
     if key == "secrets" or SECRET_NAME.search(found):  # perhaps with its value in it

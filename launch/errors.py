@@ -12,7 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from launch.text import printable
 
@@ -40,8 +40,27 @@ def warn_once(text: str) -> None:
     notice_once(f"warning: {text}")
 
 
+class _Once(argparse.Action):
+    """Stores a value, as argparse does by default, but refuses to let a second one win silently."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None and getattr(namespace, self.dest, self.default) is not self.default:
+            parser.error(f"{option_string} is given twice: keep one")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, without the usage text around them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError.

@@ -74,6 +74,9 @@ def find_run(name: str, storage: str | None) -> tuple[RunDir, Standing]:
         path = Path(os.path.expanduser(name)).absolute()
         if "/" not in name and not (path / "run.json").is_file():
             names = [run.name for root in roots for run in runs_in(root)]
+            if elements := _elements(name, names):
+                told = ", ".join(elements[:3]) + (", …" if len(elements) > 3 else "")
+                raise UserError(f"{name!r} is a sweep: name one of its runs: {told}")
             hint = did_you_mean(name, names)
             raise UserError(f"no run {name!r} in {', '.join(map(str, roots))}{hint} (`jobs.py list` shows them)")
         run = RunDir(Path(os.path.normpath(path)))
@@ -87,7 +90,12 @@ def sweep_of(name: str, storage: str | None) -> list[str]:
     for root in storage_roots(storage):
         if (root / name / "run.json").is_file():
             return []
-        found = [run.name for run in runs_in(root, f"{glob.escape(name)}.*")]
-        if elements := [one for one in found if one[len(name) + 1 :].isdecimal()]:
-            return sorted(elements, key=lambda one: int(one.rpartition(".")[2]))
+        if elements := _elements(name, [run.name for run in runs_in(root, f"{glob.escape(name)}.*")]):
+            return elements
     return []
+
+
+def _elements(sweep: str, names: list[str]) -> list[str]:
+    """Return the names that the runs of a sweep have, in the order of their numbers."""
+    found = [name for name in names if name.startswith(f"{sweep}.") and name[len(sweep) + 1 :].isdecimal()]
+    return sorted(found, key=lambda name: int(name.rpartition(".")[2]))

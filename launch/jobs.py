@@ -36,11 +36,11 @@ try:
         print_table,
         progress_line,
     )
-    from launch.errors import Parser, UserError, did_you_mean, run_entry_point
+    from launch.errors import EXIT_USER_ERROR, Parser, UserError, did_you_mean, run_entry_point
     from launch.find import find_run, runs_in, storage_roots, sweep_of
     from launch.logs import follow_logs, hosts_in_order, last_words, show_logs, to_stdout
     from launch.objects import in_parallel
-    from launch.options import Job, check_options, find_job
+    from launch.options import Job, baselines, check_options, find_job
     from launch.paths import REPOSITORY
     from launch.plan import MASK, Plan
     from launch.record import ACTIVE, RunRecord
@@ -228,6 +228,14 @@ def resume(options: argparse.Namespace) -> int:
     if standing.live:
         raise in_use(run)
     last = _last_plan(run, record)
+    if options.job_arguments and not options.job_arguments[0].startswith("-"):
+        raise UserError(
+            f"{options.job_arguments[0]}: resume takes options of the run's job {record.job}, and no job: --OPTION VALUE …"
+        )
+    if record.state == "finished" and record.job in baselines() and not options.job_arguments and not options.new_code:
+        raise UserError(
+            f"run {run.name!r} has finished; to go on, give it more to do: {jobs_command('resume', run)} --num_steps N"
+        )
     if options.cluster is not None:
         cluster, settings = load_cluster(options.cluster, options.set)
     else:
@@ -300,15 +308,23 @@ def explain(options: argparse.Namespace) -> int:
         said = f"; the last line it wrote is: {words}" if words else ""
         text = f"Its supervisor is gone without a word: killed, or its machine went down{said}."
         text += f" {seen.detail[0].upper()}{seen.detail[1:]}." if seen.detail else ""
-        text += f" The last checkpoint stands. {go_on}"
+        text += f" The last checkpoint stands. {go_on}" if _has_checkpoint(run) else f" {go_on}"
     elif record.state == "failed":
-        text = (
-            f"{failure(run, record)}{reason}. Mend what that names; the last checkpoint stands. {go_on}{blamed(record)}"
-        )
+        stands = "; the last checkpoint stands" if _has_checkpoint(run) else ""
+        refused = " --OPTION VALUE" if record.exit_code == EXIT_USER_ERROR else ""  # else it refuses the same once more
+        text = f"{failure(run, record)}{reason}. Mend what that names{stands}. {go_on}{refused}{blamed(record)}"
     else:
         text = f"It was {record.state}{reason}; its state is saved as far as the job had come. {go_on}"
     print(printable(f"{record.name}: {text}"))
     return 0
+
+
+def _has_checkpoint(run: RunDir) -> bool:
+    """Return whether there is one, as far as can be seen; where its storage cannot be asked, there may be."""
+    try:
+        return run.checkpoints.is_dir() and any(path.name.isdecimal() for path in run.checkpoints.iterdir())
+    except OSError:
+        return True
 
 
 def _stored_settings(plan: Plan, overrides: list[str], run: RunDir) -> AnyCluster:
@@ -380,7 +396,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     show.add_argument("--attempt", type=int, metavar="K", help="this attempt instead of the latest")
     command("cancel", cancel)
     again = command("resume", resume)
-    again.usage = "%(prog)s RUN [--cluster OTHER] [--set KEY=VALUE …] [--new-code] [--wait] [JOB ARGS…]"
+    again.usage = "%(prog)s RUN [--cluster OTHER] [--set KEY=VALUE …] [--new-code] [--wait] [--OPTION VALUE …]"
     again.add_argument("--cluster", metavar="NAME|FILE", help="run on this cluster instead")
     again.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the cluster")
     again.add_argument("--new-code", action="store_true", help="take this checkout's code instead of the run's own")

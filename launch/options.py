@@ -7,11 +7,13 @@ without a `Config`, a class from elsewhere, tyro markers) is not checked at all:
 """
 
 import ast
+import dataclasses
 import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,32 +75,81 @@ def check_options(job: Job, arguments: Sequence[str], reserved: Sequence[str] = 
 
     Args:
         job: the script is read from `job.script`.
-        arguments: the job's arguments; only the names of options are checked, not their values.
+        arguments: the job's arguments; the values of its options are checked where it is a baseline, and parses them as
+            baselines do.
         reserved: options of the command the user typed, for the message about one that came too late.
         root: the tree that `job.script` imports `jasmine` from.
 
     Raises:
-        UserError: an option is unknown, or help is asked for.
+        UserError: an option is unknown, its value is missing or of another type, or help is asked for.
     """
-    options = known_options(job.script, root)
+    options = _options(job.script, root)
     if options is None:
         return
     for argument in arguments:
-        if not argument.startswith("-") or not argument.lstrip("-")[:1].isalpha():
+        if not _is_option(argument):
             continue
         if argument in ("-h", "--help"):
             raise UserError(
                 f"{job.name}: its options are listed by `python {job.script} --help`; nothing was submitted"
             )
         typed = argument.partition("=")[0]
-        name = typed.removeprefix("--").replace("-", "_")
-        if name in options:
+        if _name(argument) in options:
             continue
         if typed in reserved:
             raise UserError(f"{typed} is an option of the launcher: put it before {job.name}, not after")
         choices = [f"--{option}" for option in sorted(options)]
         hint = did_you_mean(f"--{typed.lstrip('-').replace('-', '_')}", choices)
         raise UserError(f"{job.name} has no option {typed}{hint or '; it has: ' + ', '.join(choices)}")
+    if job.name in baselines():
+        _check_values(job, arguments, options)
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word.lstrip("-")[:1].isalpha()
+
+
+def _name(argument: str) -> str:
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _check_values(job: Job, arguments: Sequence[str], options: "Mapping[str, _Option]") -> None:
+    """Refuse what the job's parser would: each option takes one value, a boolean none, and nothing stands alone."""
+    words = deque(arguments)
+    if not job.name.startswith("train_") and words and not _is_option(words[0]):
+        words.popleft()  # the run that a sampler samples from
+    while words:
+        argument = words.popleft()
+        if not _is_option(argument):
+            raise UserError(f"{job.name}: unexpected {shown(argument)}: options are given as --name value")
+        typed, equals, value = argument.partition("=")
+        kind = options[_name(argument)].kind
+        if kind is None or kind.name == "bool":
+            if kind is not None and equals:
+                raise UserError(f"{job.name}: {typed} takes no value, but has {shown(value)}: leave that out")
+            while kind is None and words and not _is_option(words[0]):
+                words.popleft()
+            continue
+        if not equals:
+            if not words or _is_option(words[0]):
+                raise UserError(f"{job.name}: {typed}: its value is missing; expected {kind.expected}")
+            value = words.popleft()
+        if not kind.fits(value):
+            hint = did_you_mean(value[:99], kind.choices)
+            raise UserError(f"{job.name}: {typed}={told(value)}: expected {kind.expected}{hint}")
+
+
+def check_required(job: Job, arguments: Sequence[str], root: Path = REPOSITORY) -> None:
+    """Refuse a baseline without an option that it does nothing without: those that its `Config` names in `REQUIRED`.
+
+    Raises:
+        UserError: one is not given.
+    """
+    if job.name not in baselines():
+        return
+    given = {_name(argument) for argument in arguments if _is_option(argument)}
+    if missing := [name for name in _required(job.script, root) if name not in given]:
+        raise UserError(f"{job.name} needs --{missing[0]}: give it after {job.name}")
 
 
 def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = REPOSITORY) -> None:
@@ -168,24 +219,59 @@ def known_options(script: Path, root: Path = REPOSITORY) -> frozenset[str] | Non
         Names as tyro takes them after `--`, with every `-` as `_`: `batch_size`, `mesh.data`, and for booleans also
         `no_log` and `mesh.no_flag`.
     """
-    options = _defaults(script, root)
+    options = _options(script, root)
     return None if options is None else frozenset(options)
 
 
 def _whole_number(script: Path, root: Path, arguments: Sequence[str], name: str) -> int | None:
     """Return the value that `arguments` give to an option, or else its default; None where neither is a whole number."""
-    text, value = given(arguments, name), (_defaults(script, root) or {}).get(name)
+    text = given(arguments, name)
     if text is None:
-        text = ast.unparse(value) if value is not None else ""
+        option = (_options(script, root) or {}).get(name)
+        text = ast.unparse(option.default) if option is not None and option.default is not None else ""
     try:
         return int(text)
     except ValueError:
         return None
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """The type of an option: `int`, `float`, `str`, `bool`, or `choice` for one of `choices`."""
+
+    name: str
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def expected(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return {"int": "a whole number", "float": "a number"}.get(self.name, "a text")
+
+    def fits(self, value: str) -> bool:
+        if self.optional and value == "None":
+            return True
+        if self.choices:
+            return value in self.choices
+        try:
+            _ = int(value) if self.name == "int" else float(value) if self.name == "float" else value
+        except ValueError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option as it stands in the source; None for a default or a type that cannot be read there."""
+
+    default: ast.expr | None
+    kind: _Kind | None
+
+
 @functools.cache
-def _defaults(script: Path, root: Path) -> dict[str, ast.expr | None] | None:
-    """Return the defaults of the script's options by name, None for one that is not written out; or None for all."""
+def _options(script: Path, root: Path) -> dict[str, _Option] | None:
+    """Return the script's options by name; None where they cannot be read with certainty."""
     try:
         module = _Module(script, root)
         return _fields(module, module.classes["Config"], prefix="")
@@ -193,22 +279,41 @@ def _defaults(script: Path, root: Path) -> dict[str, ast.expr | None] | None:
         return None
 
 
+@functools.cache
+def _required(script: Path, root: Path) -> tuple[str, ...]:
+    """Return what the nearest `REQUIRED` of the script's `Config` and its base classes names; none where it has none."""
+    if _options(script, root) is None:
+        return ()
+    module = _Module(script, root)
+    todo = deque([(module, module.classes["Config"])])
+    while todo:
+        module, cls = todo.popleft()
+        for node in cls.body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "REQUIRED" and node.value is not None:
+                return tuple(ast.literal_eval(node.value))
+        todo += filter(None, map(module.find_class, cls.bases))
+    return ()
+
+
 class _UnreadableError(Exception):
     """The source says something that this reader does not understand."""
 
 
 class _Module:
-    """The top-level classes and imported names of one source file."""
+    """The top-level classes, other names and imported names of one source file."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.root = root
         self.classes: dict[str, ast.ClassDef] = {}
+        self.values: dict[str, ast.expr] = {}
         self.imports: dict[
             str, tuple[str, str | None]
         ] = {}  # local name -> module, name in it (None: the module itself)
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
                 self.classes[node.name] = node
+            elif isinstance(node, ast.Assign):
+                self.values.update({ast.unparse(target): node.value for target in node.targets})
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 self.imports.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
             elif isinstance(node, ast.Import):
@@ -228,20 +333,51 @@ class _Module:
             return self._look_up(f"{module}.{name}" if name else module, expression.attr) if module else None
         return None
 
+    def find_value(self, name: str) -> "tuple[_Module, ast.expr] | None":
+        """Return what is assigned to a name, here or in the module of this repository that it is imported from."""
+        if name in self.values:
+            return self, self.values[name]
+        module, original = self.imports.get(name, (None, None))
+        other = self._other(module) if module else None
+        return other.find_value(original) if other and original else None
+
     def _look_up(self, module: str, name: str) -> "tuple[_Module, ast.ClassDef] | None":
+        other = self._other(module)
+        return other.find_class(ast.Name(name)) if other else None
+
+    def _other(self, module: str) -> "_Module | None":
         path = self.root.joinpath(*module.split("."))
         file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
-        return _Module(file, self.root).find_class(ast.Name(name)) if file else None
+        return _Module(file, self.root) if file else None
 
 
 def _is_dataclass(cls: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list)
 
 
-def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> dict[str, ast.expr | None]:
+def _kind(module: _Module, annotation: ast.expr) -> _Kind | None:
+    """Return the type that an annotation stands for, None for one that is not among `_Kind`'s."""
+    match annotation:
+        case ast.Constant(value=str(text)):
+            return _kind(module, ast.parse(text, mode="eval").body)
+        case ast.Name(id="int" | "float" | "str" | "bool" as name):
+            return _Kind(name)
+        case ast.Name(id=name):
+            found = module.find_value(name)
+            return _kind(*found) if found else None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=ast.Constant(value=None)):
+            inner = _kind(module, left)
+            return dataclasses.replace(inner, optional=True) if inner and inner.name != "bool" else None
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=parts)):
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            return _Kind("choice", tuple(texts)) if len(texts) == len(parts) else None
+    return None
+
+
+def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> dict[str, _Option]:
     if not _is_dataclass(cls):
         raise _UnreadableError(f"{cls.name} is no dataclass")
-    names: dict[str, ast.expr | None] = {}
+    names: dict[str, _Option] = {}
     for base in cls.bases:
         found = module.find_class(base)
         if found is None:
@@ -260,12 +396,13 @@ def _fields(module: _Module, cls: ast.ClassDef, prefix: str) -> dict[str, ast.ex
         if nested is not None and _is_dataclass(nested[1]):
             inner = _fields(*nested, prefix=f"{prefix}{name}.")
             plain = node.value is None or ast.unparse(node.value).endswith((f"{annotation}()", f"={annotation})"))
-            names |= inner if plain else dict.fromkeys(inner)  # a default of its own, which nobody reads here
+            # else a default of its own, which nobody reads here
+            names |= inner if plain else {key: dataclasses.replace(one, default=None) for key, one in inner.items()}
             continue
         parts = [module.find_class(part) for part in ast.walk(node.annotation) if isinstance(part, ast.expr)]
         if any(part is not None and _is_dataclass(part[1]) for part in parts):
             raise _UnreadableError(f"{annotation}: a choice between dataclasses becomes a subcommand")
-        names[prefix + name] = node.value
-        if annotation.strip("'") == "bool":
-            names[f"{prefix}no_{name}"] = None
+        names[prefix + name] = _Option(node.value, kind := _kind(module, node.annotation))
+        if kind is not None and kind.name == "bool":
+            names[f"{prefix}no_{name}"] = _Option(None, kind)
     return names

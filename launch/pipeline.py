@@ -103,6 +103,16 @@ def read_pipeline(path: Path) -> Pipeline:
 
 
 def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
-    return f"{told(where)}: {first['msg'].removeprefix('Value error, ').lower()}"
+    """Turn the first complaint of pydantic into words; a misspelt key comes before all others."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    place = [str(part) for part in first["loc"]]
+    where = told(".".join(place) or "the file")
+    if first["type"] == "extra_forbidden":
+        keys = _StageText.model_fields if place[0] == "stages" else _PipelineText.model_fields
+        return f"{where}: unknown key{did_you_mean(place[-1][:99], keys)} (keys: {', '.join(keys)})"
+    if first["type"] == "missing":
+        return f"{where}: the key is missing"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{where} is {shown(first['input'])}; expected letters, digits, '.', '_' and '-', the first a letter or digit"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[:1].lower()}{message[1:]}"

@@ -17,7 +17,17 @@ from launch.cluster_files import load_cluster
 from launch.config import AnyCluster
 from launch.errors import UserError, notice_once, warn_once
 from launch.objects import is_object, unreachable
-from launch.options import DEFAULT_JOB, Job, baselines, check_batch, check_options, find_job, given, splitting_batch
+from launch.options import (
+    DEFAULT_JOB,
+    Job,
+    baselines,
+    check_batch,
+    check_options,
+    check_required,
+    find_job,
+    given,
+    splitting_batch,
+)
 from launch.paths import REPOSITORY, expand_path
 from launch.pipeline import fill_places, read_pipeline
 from launch.plan import Plan, make_plan
@@ -29,6 +39,8 @@ from launch.text import shown
 
 # In one sweep; what Slurm's arrays hold unless it is configured otherwise.
 MOST_RUNS = 1000
+# What is meant as a range; a path with `..` in it is none.
+_RANGE = re.compile(r"[\w+-][\w.+-]*\.\.[\w.+-]*|\.\.[\w+-][\w.+-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -102,7 +114,11 @@ def requests_for(
     cluster_name, settings = load_cluster(cluster, overrides)
     job = find_job(words[0] if words else DEFAULT_JOB, cwd)
     swept = [sweep_values(text) for text in sweep]
-    check_options(job, [*words[1:], *(f"--{key}" for key, _ in swept)], reserved=reserved)
+    names = [key.replace("-", "_") for key, _ in swept]
+    if twice := next((key for key in names if names.count(key) > 1), None):
+        raise UserError(f"--sweep {twice}: it is swept twice; give all of its values in one --sweep")
+    values = itertools.chain.from_iterable(itertools.chain(*_options(key, found)) for key, found in swept)
+    check_options(job, [*words[1:], *values], reserved=reserved)
     storage = expand_path(settings.storage, "storage", cwd)
     run_name = checked_name(name if name is not None else unused_name(storage, job))
     snapshot = take_snapshot(REPOSITORY, job.script)
@@ -157,8 +173,12 @@ def sweep_values(text: str) -> tuple[str, list[str]]:
         found = [str(value) for value in range(first, min(last, first + MOST_RUNS) + 1)]
     else:
         found = [value for value in values.split(",") if value]
-    if not key or not equals or not found:
+    if len(values.split(",")) > 1 and any(re.fullmatch(_RANGE, value) for value in found):
+        raise UserError(f"--sweep {text}: a range stands alone, as in --sweep seed=0..3; write the values out instead")
+    if not key or not equals or not found or re.fullmatch(_RANGE, found[0]):
         raise UserError(f"--sweep {text}: expected OPTION=VALUE,VALUE or OPTION=FIRST..LAST, as in --sweep seed=0..3")
+    if repeated := next((value for value in found if found.count(value) > 1), None):
+        raise UserError(f"--sweep {text}: {repeated} is given twice, which would be the same run twice; keep one")
     return key, found
 
 
@@ -217,9 +237,14 @@ def pipeline_requests(path: Path, cluster: str, overrides: Sequence[str], cwd: P
     pipeline = read_pipeline(path)
     requests: list[Request] = []
     for stage in pipeline.stages:
-        name, settings = load_cluster(cluster, [*overrides, *stage.set])
-        job = find_job(stage.job, cwd)
-        check_options(job, stage.arguments)
+        name, settings = load_cluster(cluster, overrides) if not stage.set else ("", None)
+        try:
+            job = find_job(stage.job, cwd)
+            check_options(job, stage.arguments)
+            if settings is None:
+                name, settings = load_cluster(cluster, [*overrides, *stage.set])
+        except UserError as error:
+            raise UserError(f"--pipeline {path}: stage {shown(stage.name)}: {error}") from error
         storage = expand_path(settings.storage, "storage", cwd)
         run_names = {other: checked_name(f"{pipeline.name}-{other}") for other in [*stage.after, stage.name]}
         places = {other: str(storage / run) for other, run in run_names.items()}
@@ -310,11 +335,13 @@ def checked_plan(request: Request, *, only_shown: bool = False) -> Plan:
 
 
 def check_devices(request: Request) -> None:
-    """Refuse a mesh or batch that does not fit the devices which the cluster will have, where that is known.
+    """Refuse a job without an option that it needs, or with a mesh or batch that does not fit the devices which the cluster
+    will have, where that is known.
 
     Raises:
-        UserError: see `launch.options.check_batch`.
+        UserError: see `launch.options.check_required` and `launch.options.check_batch`.
     """
+    check_required(request.job, request.arguments)
     if (devices := request.settings.devices) is not None:
         check_batch(request.job, request.arguments, devices)
 

@@ -87,6 +87,11 @@ class RunDir:
         return self.root / "config.json"
 
     @property
+    def checkpoints(self) -> Path:
+        """The job's folder of checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
     def supervisor_log(self) -> Path:
         """What the supervisor itself printed."""
         return self.root / "supervisor.log"

@@ -59,6 +59,10 @@ def main(arguments: list[str]) -> int:
         cwd=cwd,
         reserved=_option_names(parser),
     )
+    job = requests[0].job.name
+    if options.name is None and job in baselines() and "--name" in [word.partition("=")[0] for word in words]:
+        note = f"--name after {job} is the job's own, a name in wandb; the run's goes before {job}"
+        print(f"note: {note}; this one is called {requests[0].run.name}", file=sys.stderr)
     if options.export_sbatch is not None:
         return _export(requests, Path(options.export_sbatch))
     if options.preflight:
@@ -140,6 +144,7 @@ def _export(requests: Sequence[Request], path: Path) -> int:
         raise UserError(f"--export-sbatch {path}: it exists; name another file") from None
     except OSError as error:
         raise UserError(f"--export-sbatch {path}: cannot be written: {error.strerror}") from error
+    _warn_of_devices(requests)
     print(f"submit it with: sbatch {shlex.quote(str(path))}")
     return 0
 

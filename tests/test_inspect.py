@@ -212,3 +212,10 @@ def test_the_command_prints_nothing_else(stranger):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert result.stderr == ""
     assert result.stdout.startswith("an unknown script, step 100\n")
+
+
+def test_a_wrong_option_is_one_line(capsys):
+    assert inspect.main(["run", "--step", "last"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --step: invalid int value: 'last'")
+    assert error.count("\n") == 1

@@ -21,6 +21,7 @@ from jasmine.evaluation.media import comparison
 from jasmine.evaluation.metrics import code_usage, psnr, ssim
 from jasmine.models.latent_action import LatentActionModel, Transition
 from jasmine.training import cli
+from jasmine.training.config import check_chance, check_least
 from jasmine.training.loop import train
 from jasmine.training.model_config import ModelConfig, check_even_heads, check_patch, check_pixels
 from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
@@ -50,6 +51,12 @@ class Config(ModelConfig):
     vq_revival: float = 0.1
     """Weight of a term that pulls actions that a batch leaves unused towards its encoder outputs; 0: none. It takes the
     place of the published `vq_reset_thresh`, which resets such codes by counts that no checkpoint holds."""
+
+    def check(self) -> None:
+        super().check()
+        check_least(self, 1, "latent_dim", "num_latents")
+        check_least(self, 0, "vq_beta", "vq_revival")
+        check_chance(self, "codebook_dropout")
 
 
 # --- model ------------------------------------------------------------------------------------------------------

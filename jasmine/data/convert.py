@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jasmine.command_line import parse
 from jasmine.data.episodes import EpisodeDataset
 from jasmine.data.index import INDEX_NAME, LOSSLESS, Encoding, read_index
 from jasmine.data.published import PublishedDataset, published_files
@@ -111,11 +112,12 @@ def _compare_sample(config: Config, dataset: PublishedDataset, converted: Episod
 
 
 def _splits(src: str, dst: str) -> list[tuple[str, str]]:
-    if os.path.exists(os.path.join(src, INDEX_NAME)):
-        raise UserError(f"{src} is in the new format already (it has {INDEX_NAME}): train on it as it is")
+    names = sorted(os.listdir(src)) if os.path.isdir(src) else []
+    for folder in (src, *(os.path.join(src, name) for name in names)):
+        if os.path.exists(os.path.join(folder, INDEX_NAME)):
+            raise UserError(f"{folder} is in Jasmine's format already (it has {INDEX_NAME}): train on it as it is")
     if published_files(src):
         return [(src, dst)]
-    names = sorted(os.listdir(src)) if os.path.isdir(src) else []
     pairs = [(os.path.join(src, name), os.path.join(dst, name)) for name in names]
     pairs = [(source, target) for source, target in pairs if published_files(source)]
     if not pairs:
@@ -138,7 +140,7 @@ def _frame_shape(config: Config) -> tuple[int, int, int] | None:
 def main() -> None:
     """The command."""
     try:
-        convert(tyro.cli(Config, prog="python -m jasmine.data.convert", use_underscores=True))
+        convert(parse(Config, sys.argv[1:], prog="python -m jasmine.data.convert"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

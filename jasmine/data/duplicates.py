@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jasmine.command_line import parse
 from jasmine.data.episodes import Episodes
 from jasmine.data.opening import open_dataset
 from jasmine.data.splits import ShapeOptions, find_splits, windows
@@ -72,8 +73,10 @@ def _digest(dataset: Episodes, episode: int, first_frames: int) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = tyro.cli(Options, prog="python -m jasmine.data.duplicates", args=arguments, use_underscores=True)
     try:
+        options = parse(
+            Options, sys.argv[1:] if arguments is None else arguments, prog="python -m jasmine.data.duplicates"
+        )
         if options.first_frames < 0:
             raise UserError(f"--first_frames {options.first_frames} must not be negative")
         datasets: dict[str, Episodes] = {

@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from jasmine.command_line import parse
 from jasmine.data.episodes import EpisodeDataset, Episodes
 from jasmine.data.opening import open_dataset
 from jasmine.data.published import published_files
@@ -142,8 +143,10 @@ def write_pictures(dataset: Episodes, options: Options, out: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = tyro.cli(Options, prog="python -m jasmine.data.inspect", args=arguments, use_underscores=True)
     try:
+        options = parse(
+            Options, sys.argv[1:] if arguments is None else arguments, prog="python -m jasmine.data.inspect"
+        )
         if min(options.rows, options.columns, options.gif_episodes) < 1:
             raise UserError("--rows, --columns and --gif_episodes must be at least 1")
         folders = find_splits(options.path)

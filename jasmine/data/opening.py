@@ -63,7 +63,9 @@ def _find_split(root: str, split: str) -> str:
         parent, name = os.path.split(os.path.abspath(root))
         near = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], 1)
         hint = f": did you mean {os.path.join(parent, near[0])}?" if near else ": make or copy the data first"
-        raise UserError(f"no data at {root} ({'a file' if os.path.exists(root) else 'no such folder'}){hint}")
+        raise UserError(
+            f"no data at {os.path.abspath(root)} ({'a file' if os.path.exists(root) else 'no such folder'}){hint}"
+        )
     for folder in (root, os.path.join(root, split)):
         if is_split(folder):
             return folder

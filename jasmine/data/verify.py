@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from jasmine.command_line import parse
 from jasmine.data.bucket import is_bucket_url
 from jasmine.data.images import IMAGE_ERRORS, open_image
 from jasmine.data.index import ACTION_DTYPE, INDEX_NAME, Index, Shard, read_index
@@ -157,8 +158,8 @@ def _image_problem(index: Index, encoded: bytes) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = tyro.cli(Options, prog="python -m jasmine.data.verify", args=arguments, use_underscores=True)
     try:
+        options = parse(Options, sys.argv[1:] if arguments is None else arguments, prog="python -m jasmine.data.verify")
         if is_bucket_url(options.path):
             raise UserError(
                 f"{options.path} is in a bucket, whose files are verified when they are fetched; this reads folders: "
@@ -185,7 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
                 count += 1
                 print(problem, flush=True)
     where = f"{len(files)} files in {', '.join(folders)}"
-    print(f"{options.path}: {count} problems in {where}" if count else f"{options.path}: sound; {where}")
+    found = f"{count} problem{'s' if count > 1 else ''} in" if count else "sound;"
+    print(f"{options.path}: {found} {where}")
     return FOUND_PROBLEMS if count else 0
 
 

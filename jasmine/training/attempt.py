@@ -23,7 +23,7 @@ from jasmine.data.episodes import EpisodeDataset, Episodes
 from jasmine.data.tokens import TokenDataset
 from jasmine.errors import EXIT_SAVED, UserError
 from jasmine.training import distributed, nonfinite, objects, run_files
-from jasmine.training.checkpoint import Checkpointer, Restored
+from jasmine.training.checkpoint import Checkpointer, OtherModelError, Restored
 from jasmine.training.config import TrainConfig, changed_options
 from jasmine.training.data_feed import DataFeed
 from jasmine.training.distributed import say
@@ -129,7 +129,12 @@ class Attempt:
 
     def _restore(self) -> Restored | None:
         """Puts the run at its newest checkpoint, or its beginning, and takes what came later out of its metrics."""
-        restored = self.checkpoints.restore(self.abstract)
+        try:
+            restored = self.checkpoints.restore(self.abstract)
+        except OtherModelError as error:
+            changed = changed_options(run_files.read_options(self.run_dir), self.config)
+            told = ", ".join(f"--{name} is {now} but was {before}" for name, before, now in changed)
+            raise UserError(f"{error} ({told})" if told else str(error)) from error
         left_out = {*self.left_out, *nonfinite.read_left_out(self.run_dir)}
         if restored is None:
             self.state = initial_state(self.task, self.definition, self.optimizer, self.abstract)

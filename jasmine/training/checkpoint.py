@@ -266,8 +266,8 @@ class Checkpointer:
             last: look only at steps up to this one.
 
         Raises:
-            UserError: the model or optimizer differs from the saved one (names the parameter and both shapes), or all
-                checkpoints are damaged.
+            OtherModelError: the model or optimizer differs from the saved one (names the parameter and both shapes).
+            UserError: all checkpoints are damaged.
             ClusterError: none can be read now, for a reason that may pass.
         """
         pauses = list(READ_PAUSES_SECONDS)  # for all steps together: where storage is away, it is so for each of them
@@ -343,6 +343,10 @@ class Checkpointer:
         self._manager.reload()
 
 
+class OtherModelError(UserError):
+    """The model or optimizer asked for is not the one that was saved."""
+
+
 def _parts(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
@@ -368,6 +372,6 @@ def _check_compatible(saved_tree: Any, abstract: TrainState, where: epath.Path) 
             continue
         have = f"has shape {saved[name]} in the checkpoint" if name in saved else "is not in the checkpoint"
         want = f"shape {wanted[name]} in the model asked for" if name in wanted else "is not in the model asked for"
-        raise UserError(
+        raise OtherModelError(
             f"cannot resume from {where}: {name} {have}, {want}; use the options the run was made with, or another run name"
         )

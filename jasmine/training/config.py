@@ -6,7 +6,7 @@ Names follow the published Jasmine where it has the option.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jasmine.errors import UserError
 from jasmine.models.transformer import RematPolicy
@@ -34,6 +34,9 @@ class FrozenRun:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Data, schedule, parallelism, logging and checkpoints of a training run."""
+
+    # Options without which there is nothing to train on. The launcher reads these names in the source, without importing it.
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data_dir",)
 
     # --- where things are ---
     data_dir: str = ""
@@ -186,18 +189,19 @@ class TrainConfig:
             raise UserError(
                 "--data_dir is not set: name a dataset, e.g. one made by `python -m jasmine.data.make coinrun`"
             )
-        for name in (
-            "num_steps",
-            "batch_size",
-            "seq_len",
-            "grad_accumulation_steps",
-            "log_interval",
-            "keep_checkpoints",
-            "max_skipped",
-            "max_rollbacks",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        check_least(
+            self,
+            1,
+            *("num_steps", "batch_size", "seq_len", "grad_accumulation_steps", "log_interval", "keep_checkpoints"),
+            *("max_skipped", "max_rollbacks", "image_height", "image_width", "image_channels"),
+        )
+        check_least(
+            self,
+            0,
+            *("num_workers", "seed", "init_lr", "max_lr", "decay_end", "warmup_steps", "wsd_decay_steps"),
+            *("weight_decay", "max_grad_norm"),
+        )
+        check_chance(self, "adam_b1", "adam_b2", "ema_decay")
         for name in ("log_checkpoint_interval", "val_interval", "val_steps"):
             if getattr(self, name) < 1:
                 raise UserError(
@@ -240,6 +244,21 @@ class TrainConfig:
                 f"--num_steps={self.num_steps}; leave them out to have them derived from it"
             )
         self.profile_window()
+
+
+def check_least(config: TrainConfig, least: int, *names: str) -> None:
+    """Raises UserError for the first of these options that is given, and is less than `least` or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name}={value}: must be at least {least}")
+
+
+def check_chance(config: TrainConfig, *names: str) -> None:
+    """Raises UserError for the first of these options that is not in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)}: from 0 up to, not including, 1")
 
 
 def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:

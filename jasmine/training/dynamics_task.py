@@ -6,7 +6,7 @@ ones, of all clips or of a share of the episodes, or those of a latent action mo
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jasmine.evaluation.metrics import code_usage, psnr, ssim
 from jasmine.models.dynamics import ActionTokens, WorldModel
 from jasmine.models.latent_action import LatentActionEncoder
 from jasmine.sampling.samplers import FrameSampler, rollout
-from jasmine.training.config import FrozenRun
+from jasmine.training.config import FrozenRun, check_least
 from jasmine.training.model_config import ModelConfig, check_even_heads, check_heads, check_patch
 from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
 
@@ -31,6 +31,8 @@ LAM_REVIVAL = 0.1  # the default of train_lam's vq_revival
 class DynamicsConfig(ModelConfig):
     """Options of every dynamics baseline. Defaults are the published Jasmine's; `model_dim`, `ffn_dim`, `num_blocks` and
     `num_heads` are the dynamics model's."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data_dir", "tokenizer_checkpoint")
 
     num_steps: int = 200_000
     batch_size: int = 36
@@ -96,6 +98,10 @@ class DynamicsConfig(ModelConfig):
             raise UserError(f"--label_fraction={self.label_fraction}: a share above 0, up to 1")
         if self.label_fraction < 1 and not self.use_gt_actions:
             raise UserError("--label_fraction is about true actions: give --use_gt_actions too, or leave it out")
+        check_least(
+            self, 1, "num_actions", "latent_action_dim", "lam_dim", "lam_ffn_dim", "lam_num_blocks", "lam_num_heads"
+        )
+        check_least(self, 0, "vq_beta")
         if self.action_kind == "trained":
             check_heads("lam_dim", self.lam_dim, "lam_num_heads", self.lam_num_heads)
             check_even_heads("lam_dim", self.lam_dim, "lam_num_heads", self.lam_num_heads)

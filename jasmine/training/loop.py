@@ -112,7 +112,10 @@ def _open(path: str, split: str, config: TrainConfig) -> Episodes | TokenDataset
     height, width, channels = config.image_height, config.image_width, config.image_channels
     shape = (height, width, channels) if height and width and channels else None
     cache = DataCache.of_host(config.data_cache_gib) if is_bucket_url(path) else None
-    dataset = open_training_data(path, split, frame_shape=shape, cache=cache)
+    try:
+        dataset = open_training_data(path, split, frame_shape=shape, cache=cache)
+    except UserError as error:
+        raise type(error)(f"--{'data_dir' if split == 'train' else 'val_data_dir'}: {error}") from error
     if isinstance(dataset, TokenDataset):
         dataset.check_seq_len(config.seq_len)
     WindowSampler(dataset.lengths, config.seq_len, config.seed, source=path)  # refuses clips longer than every episode

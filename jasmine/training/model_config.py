@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jasmine.errors import UserError
 from jasmine.models.quantized import Quantize
 from jasmine.models.transformer import TransformerConfig
-from jasmine.training.config import TrainConfig
+from jasmine.training.config import TrainConfig, check_chance, check_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,7 @@ class ModelConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        for name in ("model_dim", "ffn_dim", "num_blocks", "num_heads", "time_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        check_least(self, 1, "model_dim", "ffn_dim", "num_blocks", "num_heads", "time_every")
         check_heads("model_dim", self.model_dim, "num_heads", self.num_heads)
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise UserError(f"--num_kv_heads={self.num_kv_heads} does not divide --num_heads={self.num_heads}")
@@ -79,10 +77,8 @@ class ModelConfig(TrainConfig):
             raise UserError(f"--num_blocks={self.num_blocks} is not a multiple of --time_every={self.time_every}")
         if self.positions == "rope":
             check_even_heads("model_dim", self.model_dim, "num_heads", self.num_heads)
-        if self.num_registers < 0 or self.logit_soft_cap < 0:
-            raise UserError("--num_registers and --logit_soft_cap cannot be negative")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout={self.dropout}: a chance from 0 up to, not including, 1")
+        check_least(self, 0, "num_registers", "logit_soft_cap")
+        check_chance(self, "dropout")
 
 
 def check_heads(dim_option: str, dim: int, heads_option: str, heads: int) -> None:

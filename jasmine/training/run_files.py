@@ -140,6 +140,14 @@ def write_config(run_dir: epath.Path, config: TrainConfig, job: str, data: Any) 
     write_atomically(run_dir / "config.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
+def read_options(run_dir: epath.Path) -> dict[str, Any]:
+    """The options in `config.json`; {} where it cannot be read."""
+    try:
+        return dict(json.loads((run_dir / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class JsonLines:
     """Appends one JSON object a line; a line is on disk, whole, when `write` returns, in Cloud Storage when `flush` does."""
 

@@ -45,6 +45,7 @@ def refused(args, run_dir=None, **options) -> str:
         (["--profile_steps", "9"], "expected a:b with a < b"),
         (["--lr_schedule", "cos", "--warmup_steps", "40"], "leaves none of --num_steps=40 for the cosine"),
         (["--log_interval", "0"], "--log_interval=0: must be at least 1"),
+        (["--batch_size", "abc"], "--batch_size=abc: expected a whole number"),
         (["--keep_best", "2"], "--keep_best=2 goes by --best_metric=val_loss, but --val_data_dir is not set"),
         (["--save_every_minutes", "-1"], "--save_every_minutes=-1.0: must be 0 (none) or more"),
         (["--max_rollbacks", "0"], "--max_rollbacks=0: must be at least 1"),
@@ -63,7 +64,8 @@ def test_options_that_cannot_work(tiny_data, tmp_path, extra, says):
 def test_data_that_is_missing_empty_or_corrupt(tiny_data, tmp_path):
     run_dir = tmp_path / "run"
     missing = tmp_path / "no-such-data"
-    assert str(missing) in refused([*TINY, "--data_dir", str(missing), "--ckpt_dir", str(run_dir)], run_dir)
+    line = refused([*TINY, "--data_dir", str(missing), "--ckpt_dir", str(run_dir)], run_dir)
+    assert line.startswith(f"error: --data_dir: no data at {missing} (no such folder)")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert str(empty) in refused([*TINY, "--data_dir", str(empty), "--ckpt_dir", str(run_dir)], run_dir)
@@ -102,6 +104,7 @@ def test_resume_with_another_model_names_the_parameter_and_both_shapes(tiny_data
     assert (
         "params.decoder.blocks.ffn.linear_in.kernel has shape (1, 16, 32) in the checkpoint, shape (1, 16, 64)" in line
     )
+    assert "--ffn_dim is 64 but was 32" in line
     assert "--no-restore_ckpt would train over them" in refused([*args, "--no-restore_ckpt"])
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
     assert jobs.checkpoints(run_dir) == [10]

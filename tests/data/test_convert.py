@@ -1,5 +1,6 @@
 """Converting the published format: nothing is lost, an interruption is made good, nothing finished is overwritten."""
 
+import shutil
 import subprocess
 import sys
 
@@ -94,10 +95,12 @@ def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
     write_file(tmp_path / "bad" / "a.array_record", [record, b"garbage"])
     with EpisodeWriter(tmp_path / "ours", frame_shape=(64, 64, 3), fps=1) as writer:
         writer.write(make_record()[0])
+    shutil.copytree(tmp_path / "ours", tmp_path / "dataset" / "train")
     cases = [
         (("missing",), "no *.array_record files in"),
         (("bad",), "a.array_record: record 1 cannot be read"),
-        (("ours",), "is in the new format already"),
+        (("ours",), "ours is in Jasmine's format already"),
+        (("dataset",), "dataset/train is in Jasmine's format already"),
         (("good", "--image_height", "64"), "give both --image_height and --image_width"),
         (("good", "--image_height", "32", "--image_width", "32"), "12288 bytes, not those of (32, 32, 3)"),
         (("good", "--encoding", "png", "--quality", "3"), "png is lossless"),

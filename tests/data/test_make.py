@@ -95,6 +95,12 @@ def test_going_on_with_other_options_names_the_option(
         (["--min_episode_length", "50", "--max_episode_length", "40"], "--min_episode_length 50"),
         (["--min_episode_length", "0"], "--min_episode_length 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", "first"], "--seed=first: expected a whole number"),
+        (["--num_workers", "-1"], "--num_workers -1 must not be negative"),
+        (["--num_episodes_train", "-3"], "--num_episodes_train -3 must not be negative"),
+        (["--policy", "hodl"], "--policy=hodl: expected one of hold, random"),
+        (["--polcy", "hold"], "unknown option --polcy; did you mean --policy?"),
+        (["stray"], "unexpected argument 'stray'"),
         (["--quality", "90"], "--quality 90"),
         (["--encoding", "jpeg", "--quality", "101"], "--quality 101"),
         (["--frames_per_record", "0"], "--frames_per_record 0"),
@@ -109,6 +115,22 @@ def test_impossible_options_create_nothing(
     assert named in error
     assert error.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["coinru"], "nothing to make is called 'coinru'; did you mean coinrun? (there are: bigfish,"),
+        ([], "say first what to make: python -m jasmine.data.make KIND"),
+        (["--seed", "3", "coinrun"], "say first what to make"),
+        (["video"], "--input_path: missing"),
+    ],
+)
+def test_what_to_make_is_named_first(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {says}")
+    assert error.count("\n") == 1
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,8 +30,8 @@ class Config(TrainConfig):
     hang_at: int = -1
     hang_host: int = -1
     hang_attempts: int = 99
-    deaf: bool = False
-    leave_child: bool = False
+    deaf: int = 0
+    leave_child: int = 0
 
 
 def beat(run: Path, attempt: int, host: int, step: int) -> None:

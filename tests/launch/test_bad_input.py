@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.record import write_record
 from tests.launch.checkouts import Checkout
 
 
@@ -56,6 +57,29 @@ def _refused(checkout: Checkout, *arguments: str) -> str:
             ["no option --mesh.fdsp", "did you mean '--mesh.fsdp'?"],
         ),
         (["--cluster", "local", "train_lam", "--wait"], ["--wait is an option of the launcher", "before train_lam"]),
+        (
+            ["--cluster", "local", "train_lam", "--num_steps", "abc"],
+            ["train_lam: --num_steps=abc: expected a whole number"],
+        ),
+        (["--cluster", "local", "train_lam", "--max_lr=fast"], ["--max_lr=fast: expected a number"]),
+        (["--cluster", "local", "train_lam", "--num_steps"], ["--num_steps: its value is missing"]),
+        (["--cluster", "local", "train_lam", "--data_dir", "--log"], ["--data_dir: its value is missing"]),
+        (["--cluster", "local", "train_lam", "--mesh.fsdp", "all"], ["--mesh.fsdp=all: expected a whole number"]),
+        (["--cluster", "local", "train_lam", "--log=True"], ["--log takes no value", "'True'"]),
+        (["--cluster", "local", "train_lam", "extra_word"], ["unexpected 'extra_word'", "--name value"]),
+        (
+            ["--cluster", "local", "--sweep", "num_steps=1,two", "train_lam"],
+            ["--num_steps=two: expected a whole number"],
+        ),
+        (["--cluster", "local", "--sweep", "num_steps=0..", "train_lam"], ["--sweep num_steps=0..", "FIRST..LAST"]),
+        (["--cluster", "local", "--sweep", "num_steps=a..b", "train_lam"], ["--sweep num_steps=a..b", "FIRST..LAST"]),
+        (["--cluster", "local", "--sweep", "num_steps=1,3..5", "train_lam"], ["a range stands alone"]),
+        (["--cluster", "local", "--sweep", "num_steps=7,7", "train_lam"], ["7 is given twice"]),
+        (
+            ["--cluster", "local", "--sweep", "num_steps=1,2", "--sweep", "num-steps=3,4", "train_lam"],
+            ["--sweep num_steps: it is swept twice"],
+        ),
+        (["--cluster", "local", "--cluster", "local"], ["--cluster is given twice"]),
         (["--cluster", "local", "--name", "../x"], ["'../x'", "1 to 63 letters"]),
         (["--cluster", "local", "--name", ""], ["1 to 63 letters"]),
     ],
@@ -89,6 +113,64 @@ def test_the_cluster_file(checkout: Checkout, text: str, expected: list[str]) ->
     line = _refused(checkout, "--cluster", "c.yaml")
     for part in expected:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (
+            "  first: {job: train_lam, arg: --log}\n",
+            ["stages.first.arg: unknown key; did you mean 'args'?", "job, args"],
+        ),
+        ("  first: {args: --log}\n", ["stages.first.job: the key is missing"]),
+        ("  first: {job: train_lma}\n", ["stage 'first': unknown job 'train_lma'; did you mean 'train_lam'?"]),
+        ("  first: {job: train_lam, args: --num_step 3}\n", ["stage 'first': train_lam has no option --num_step"]),
+        (
+            "  first: {job: train_lam, set: [proceses=2]}\n",
+            ["stage 'first': --set proceses", "did you mean 'processes'?"],
+        ),
+    ],
+)
+def test_the_pipeline_file(checkout: Checkout, stages: str, expected: list[str]) -> None:
+    (checkout.home / "p.yaml").write_text(f"name: p\nstages:\n{stages}")
+    line = _refused(checkout, "--cluster", "local", "--pipeline", "p.yaml")
+    for part in ["--pipeline p.yaml", *expected]:
+        assert part in line
+    (checkout.home / "p.yaml").write_text(f"name: A/B\nstages:\n{stages}")
+    if "unknown key" not in line:
+        assert "name is 'A/B'; expected letters" in _refused(checkout, "--cluster", "local", "--pipeline", "p.yaml")
+
+
+def test_a_key_that_is_missing(checkout: Checkout) -> None:
+    (checkout.home / "c.yaml").write_text(
+        "backend: cloud_tpu\nproject: p\naccelerator_type: v5litepod-8\nstorage: /mnt/r\n"
+    )
+    assert "c.yaml: the key zone is missing; expected" in _refused(checkout, "--cluster", "c.yaml")
+
+
+def test_an_option_that_the_job_cannot_do_without(checkout: Checkout) -> None:
+    config = checkout.root / "jasmine" / "training" / "config.py"
+    needs = "    REQUIRED: ClassVar[tuple[str, ...]] = ('data_dir',)\n    num_steps"
+    config.write_text("from typing import ClassVar\n" + config.read_text().replace("    num_steps", needs, 1))
+    assert "train_lam needs --data_dir" in _refused(checkout, "--cluster", "local", "train_lam")
+    dry = checkout.run("submit", "--cluster", "local", "--dry-run", "train_lam")
+    assert dry.returncode == 0
+    assert dry.stderr == "warning: this would be refused: train_lam needs --data_dir: give it after train_lam\n"
+    slurm = ["submit", "--cluster", "slurm-h100", "--set", "storage=runs", "--export-sbatch", "job.sbatch", "train_lam"]
+    exported = checkout.run(*slurm)
+    assert (exported.returncode, exported.stderr) == (0, dry.stderr)
+    given = checkout.run("submit", "--cluster", "local", "--dry-run", "train_lam", "--data-dir=d")
+    assert (given.returncode, given.stderr) == (0, "")
+
+
+def test_a_name_that_is_the_jobs_is_noted(checkout: Checkout) -> None:
+    config = checkout.root / "jasmine" / "training" / "config.py"
+    config.write_text(config.read_text().replace("    num_steps", '    name: str = ""\n    num_steps', 1))
+    dry = ["submit", "--cluster", "local", "--dry-run"]
+    noted = checkout.run(*dry, "train_lam", "--name", "mine").stderr
+    assert noted.startswith("note: --name after train_lam is the job's own")
+    assert noted.count("\n") == 1
+    assert checkout.run(*dry, "--name", "r", "train_lam", "--name", "mine").stderr == ""
 
 
 def test_storage_that_cannot_be_written(checkout: Checkout) -> None:
@@ -136,14 +218,21 @@ def test_code_too_large_to_be_code(checkout: Checkout) -> None:
         (["status"], ["RUN"]),
         (["list", "--wiat"], ["--wiat"]),
         (["cancel", "run-1"], ["not running", "finished"]),
+        (["resume", "run-1", "train_lam", "--num_steps", "9"], ["train_lam: resume takes options", "--OPTION VALUE"]),
+        (["resume", "run-1", "--num_steps", "many"], ["--num_steps=many: expected a whole number"]),
+        (["resume", "run-1", "--set", "processes=2"], ["'run-1' has finished", "resume run-1", "--num_steps N"]),
+        (["logs", "run"], ["'run' is a sweep: name one of its runs: run.0, run.1"]),
         (["resume", "run-1", "--num_step", "9"], ["no option --num_step", "did you mean '--num_steps'?"]),
-        (["resume", "run-1", "--set", "proceses=9"], ["did you mean 'processes'?"]),
-        (["resume", "run-1", "--cluster", "locl"], ["did you mean 'local'?"]),
+        (["resume", "run-1", "--num_steps", "2", "--set", "proceses=9"], ["did you mean 'processes'?"]),
+        (["resume", "run-1", "--num_steps", "2", "--cluster", "locl"], ["did you mean 'local'?"]),
     ],
 )
 def test_jobs(checkout: Checkout, arguments: list[str], expected: list[str]) -> None:
     checkout.submit("train_lam", "--num_steps", "1", name="run-1")
-    checkout.end("run-1")
+    record = checkout.end("run-1")
+    for element in ("run.0", "run.1"):
+        checkout.directory(element).root.mkdir()
+        write_record(checkout.directory(element), record.model_copy(update={"name": element}))
     done = checkout.jobs(*arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     for part in expected:

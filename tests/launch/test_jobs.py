@@ -88,6 +88,16 @@ def test_a_script_that_is_gone_can_be_resumed_from_its_snapshot(checkout: Checko
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "mine")
 
 
+def test_explain_tells_to_mend_what_was_refused(checkout: Checkout) -> None:
+    checkout.submit("train_lam", "--crash_at", "0", "--crash_code", "2")
+    checkout.end()
+    explained = checkout.jobs("explain", "r").stdout
+    assert "resume r --OPTION VALUE" in explained
+    assert "checkpoint" not in explained
+    (checkout.directory().root / "checkpoints" / "3").mkdir(parents=True)
+    assert "Mend what that names; the last checkpoint stands. To go on: " in checkout.jobs("explain", "r").stdout
+
+
 @pytest.mark.slow
 def test_a_job_whose_working_directory_is_gone_says_so(checkout: Checkout) -> None:
     gone = checkout.home / "gone"
@@ -100,5 +110,5 @@ def test_a_job_whose_working_directory_is_gone_says_so(checkout: Checkout) -> No
     assert done.returncode == 0
     checkout.end("g")
     gone.rmdir()
-    assert checkout.jobs("resume", "g", "--wait").returncode == 2
+    assert checkout.jobs("resume", "g", "--num_steps", "20", "--wait").returncode == 2
     wait_until(lambda: "cannot start" in checkout.jobs("logs", "g").stdout)

@@ -336,7 +336,7 @@ def test_a_queued_run_keeps_the_code_it_was_submitted_with(checkout: Checkout) -
     assert plan.code.commit == head.strip()
     assert (index.read_bytes(), index.stat().st_mtime_ns) == before, "the user's index was touched"
 
-    assert checkout.jobs("resume", "r", "--wait").stdout.count("version one") == 1
+    assert checkout.jobs("resume", "r", "--wait", "--num_steps", "11").stdout.count("version one") == 1
     assert checkout.jobs("resume", "r", "--wait", "--new-code").stdout.count("version two") == 1
     assert checkout.run("submit", "--cluster", "local", "--name", "r", "--wait").stdout.count("version two") == 1
     assert len(list(run.code.iterdir())) == 2, "equal trees are stored once"

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import tyro
 
+from jasmine.baselines import train_lam
+from jasmine.baselines.maskgit import sample_maskgit
+from jasmine.command_line import parse
+from jasmine.errors import UserError as JasmineUserError
 from launch.errors import UserError, notice_once
-from launch.options import Job, baselines, check_batch, known_options
+from launch.options import Job, baselines, check_batch, check_options, check_required, known_options
 from launch.request import Request, check_devices, requests_for
 from launch.submission import recorded
 
@@ -109,6 +113,52 @@ def test_every_baseline_can_be_read(name: str) -> None:
     assert names is not None
     assert {"data_dir", "num_steps", "batch_size", "mesh.fsdp"} <= names or not name.startswith("train_")
     assert {"data_dir", "seed"} <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train_lam", "--data_dir d --batch_size 8 --max_lr=3e-4 --max_grad_norm -1 --log --no-restore_ckpt", None),
+        ("train_lam", "--tags a b --warmup_steps None --num-kv-heads 2 --dtype float32 --seed -1", None),
+        ("sample_maskgit", "RUN --num_frames 4 --temperature 0.5", None),
+        ("train_lam", "--batch_size abc", "--batch_size=abc: expected a whole number"),
+        ("train_lam", "--num_kv_heads=two", "--num_kv_heads=two: expected a whole number"),
+        ("train_lam", "--seq_len 1.5", "--seq_len=1.5: expected a whole number"),
+        ("train_lam", "--mesh.fsdp x", "--mesh.fsdp=x: expected a whole number"),
+        ("train_lam", "--max_lr", "--max_lr: its value is missing; expected a number"),
+        ("train_lam", "--seed --log", "--seed: its value is missing"),
+        ("train_lam", "--dtype float16", "--dtype=float16: expected one of bfloat16, float32; did you mean 'bfloat16'?"),
+        ("train_lam", "--remat ful", "--remat=ful: expected one of none, dots, full, offload; did you mean 'full'?"),
+        ("train_lam", "--log yes", "unexpected 'yes'"),
+        ("sample_maskgit", "RUN other", "unexpected 'other'"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_what_the_job_would_refuse(name: str, arguments: str, message: str | None) -> None:
+    job, words = Job(name, baselines()[name]), arguments.split()
+    config: Any = {"train_lam": train_lam, "sample_maskgit": sample_maskgit}[name].Config
+    mine = words[1:] if name.startswith("sample_") else words
+    if message is None:
+        check_options(job, words)
+        parse(config, mine)
+        return
+    check_options(Job("mine.py", job.script), words)  # which may read its command line in another way
+    with pytest.raises(UserError) as refusal:
+        check_options(job, words)
+    assert message in str(refusal.value)
+    with pytest.raises(JasmineUserError):
+        parse(config, mine)
+
+
+def test_what_a_baseline_cannot_do_without() -> None:
+    for name in baselines():
+        job = Job(name, baselines()[name])
+        needs = ["--data_dir"] if name.startswith("train_") else []
+        needs += ["--tokenizer_checkpoint"] if name.startswith("train_dynamics_") else []
+        given = [word for option in needs for word in (option, "x")]
+        check_required(job, given)
+        for index, option in enumerate(needs):
+            with pytest.raises(UserError, match=f"{name} needs {option}"):
+                check_required(job, given[: 2 * index])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jasmine.evaluation.media import comparison
 from jasmine.evaluation.metrics import psnr, ssim
 from jasmine.models.tokenizer import VideoTokenizerMAE
 from jasmine.training import cli
+from jasmine.training.config import check_least
 from jasmine.training.loop import train
 from jasmine.training.model_config import ModelConfig, check_patch, check_pixels
 from jasmine.training.task import BaseTask, Batch, Keys, Metrics, Modules
@@ -41,6 +42,12 @@ class Config(ModelConfig):
     max_mask_ratio: float = 0.9
     """In training each frame has a share of its patches masked that is drawn between 0 and this."""
 
+    def check(self) -> None:
+        super().check()
+        check_least(self, 1, "latent_dim")
+        if not 0 <= self.max_mask_ratio <= 1:
+            raise UserError(f"--max_mask_ratio={self.max_mask_ratio}: a share from 0 to 1")
+
 
 # --- model ------------------------------------------------------------------------------------------------------
 
@@ -53,8 +60,6 @@ class Task(BaseTask):
     def check(self) -> None:
         check_pixels(self.data, JOB)
         check_patch("patch_size", self.config.patch_size, self.data.frame_shape)
-        if not 0 <= self.config.max_mask_ratio <= 1:
-            raise UserError(f"--max_mask_ratio={self.config.max_mask_ratio}: a share from 0 to 1")
 
     def build(self, rngs: nnx.Rngs) -> VideoTokenizerMAE:
         config = self.config

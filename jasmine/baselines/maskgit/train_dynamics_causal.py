@@ -16,10 +16,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jasmine.errors import UserError
 from jasmine.models.dynamics import DynamicsCausal, WorldModel
 from jasmine.sampling.samplers import CausalSampler
 from jasmine.training import cli
+from jasmine.training.config import check_least
 from jasmine.training.dynamics_task import DynamicsConfig, DynamicsTask
 from jasmine.training.loop import train
 from jasmine.training.losses import copy_accuracy, token_loss, top_k_accuracy
@@ -43,8 +43,7 @@ class Config(DynamicsConfig):
 
     def check(self) -> None:
         super().check()
-        if self.temperature < 0:
-            raise UserError(f"--temperature={self.temperature}: cannot be negative")
+        check_least(self, 0, "temperature", "z_loss_weight")
 
 
 # --- model ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from jasmine.errors import UserError
 from jasmine.models.dynamics import DynamicsMaskGIT, WorldModel, random_mask
 from jasmine.sampling.samplers import MaskGITSampler
 from jasmine.training import cli
+from jasmine.training.config import check_least
 from jasmine.training.dynamics_task import DynamicsConfig, DynamicsTask
 from jasmine.training.loop import train
 from jasmine.training.losses import copy_accuracy, token_loss, top_k_accuracy
@@ -51,8 +52,7 @@ class Config(DynamicsConfig):
             raise UserError(f"--mask_limit={self.mask_limit}: a chance from 0 up to, not including, 1")
         if self.maskgit_steps < 1:
             raise UserError(f"--maskgit_steps={self.maskgit_steps}: must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature={self.temperature}: cannot be negative")
+        check_least(self, 0, "temperature", "z_loss_weight")
 
 
 # --- model ------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from jasmine.command_line import did_you_mean, parse
 from jasmine.data.make import atari, minatar_games, procgen_games, recordings
 from jasmine.data.make.maker import make_dataset
 from jasmine.errors import EXIT_USER_ERROR, UserError
 
+PROG = "python -m jasmine.data.make"
 INTERRUPTED = 130
 
 
@@ -22,15 +24,24 @@ def main(arguments: list[str] | None = None) -> int:
         "video": recordings.Video(input_path=tyro.MISSING),
         "pngs": recordings.Pngs(input_path=tyro.MISSING),
     }
-    options = tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults),
-        prog="python -m jasmine.data.make",
-        description="Makes a dataset of episodes: train, val and test splits of a game or of recordings.",
-        args=arguments,
-        use_underscores=True,
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["-h"], ["--help"]):
+        tyro.cli(
+            tyro.extras.subcommand_type_from_defaults(defaults),
+            prog=PROG,
+            description="Makes a dataset of episodes: train, val and test splits of a game or of recordings.",
+            args=arguments,
+            use_underscores=True,
+        )
     console = Console(stderr=True)
     try:
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError(f"say first what to make: {PROG} KIND … (there are: {', '.join(defaults)})")
+        kind, *rest = arguments
+        if kind not in defaults:
+            hint = did_you_mean(kind, defaults)
+            raise UserError(f"nothing to make is called {kind!r}{hint} (there are: {', '.join(defaults)})")
+        options = parse(type(defaults[kind]), rest, prog=f"{PROG} {kind}", default=defaults[kind])
         match options:
             case procgen_games.Procgen():
                 make_dataset(options.game, options, procgen_games.source(options), console)

@@ -54,6 +54,9 @@ def make_dataset(kind: str, options: CommonOptions, source: Source, console: Con
         raise UserError(
             f"--quality {options.quality} must be from 1 to 100, and is for --encoding {' or '.join(LOSSY)}"
         )
+    for name, value in dataclasses.asdict(options).items():
+        if name.startswith("num_") and isinstance(value, int) and value < 0:
+            raise UserError(f"--{name} {value} must not be negative")
     if not any(wanted > 0 for wanted in source.wanted.values()):
         raise UserError("nothing to make: every split is to have 0 episodes")
     recipe = _agreed_recipe(root, _recipe(kind, options, source))
