@@ -312,7 +312,7 @@ def explain(options: argparse.Namespace) -> int:
     elif record.state == "failed":
         stands = "; the last checkpoint stands" if _has_checkpoint(run) else ""
         refused = " --OPTION VALUE" if record.exit_code == EXIT_USER_ERROR else ""  # else it refuses the same once more
-        text = f"{failure(run, record)}{reason}. Mend what that names{stands}. {go_on}{refused}{blamed(record)}"
+        text = f"{failure(run, record)}{reason}. Mend what that names{stands}.{blamed(record)} {go_on}{refused}"
     else:
         text = f"It was {record.state}{reason}; its state is saved as far as the job had come. {go_on}"
     print(printable(f"{record.name}: {text}"))
