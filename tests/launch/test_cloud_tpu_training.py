@@ -117,8 +117,8 @@ def test_four_vms_preempted_twice_are_as_if_never_stopped(laptop: Laptop, uninte
     assert [(one["attempt"], one["processes"]) for one in passed] == [(1, 4), (2, 4), (3, 4)]
 
 
-def test_one_run_on_a_tpu_and_here_and_on_two_slices(laptop: Laptop, uninterrupted: Path) -> None:
-    run = laptop.submit("--set", "accelerator_type=v5litepod-8", "--", "--stop_at_step", "10")
+def test_one_run_on_four_chips_and_here_and_on_two_slices_of_four(laptop: Laptop, uninterrupted: Path) -> None:
+    run = laptop.submit("--set", "accelerator_type=v5litepod-4", "--", "--stop_at_step", "10")
     laptop.end(run)
     laptop.submit("--set", "devices_per_process=2", "--", "--stop_at_step", "20", cluster="local")
     laptop.end(run)
@@ -126,6 +126,7 @@ def test_one_run_on_a_tpu_and_here_and_on_two_slices(laptop: Laptop, uninterrupt
     laptop.submit(*two, "--", "--stop_at_step", "40")
     record = laptop.end(run)
     assert [attempt.processes for attempt in record.attempts] == [1, 1, 2]
+    assert [event["devices"] for event in jobs.events(run.root, "init")] == [4, 2, 8]
     assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")
     assert jobs.metrics(run.root, "loss") == pytest.approx(jobs.metrics(uninterrupted, "loss"), rel=1e-4)
     wait_until(lambda: not laptop.cloud.resources(), 60)
