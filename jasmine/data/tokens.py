@@ -189,7 +189,8 @@ def _impossible(metadata: TokenMetadata, index: Index) -> str | None:
             return f"tokens.{name} = {getattr(tokens, name)!r:.40}"
     if not 1 <= tokens.stride < 2**31:
         return f"tokens.stride = {tokens.stride!r:.40}"
-    episodes = len(index.lengths) + len(skipped)
+    # Until it is complete, it does not list all that there will be.
+    episodes = len(index.lengths) + len(skipped) if index.complete else 2**31
     if list(skipped) != sorted(set(skipped)) or any(not 0 <= episode < episodes for episode in skipped):
         return f"origin.skipped_episodes = {skipped!r:.40}"
     return None
