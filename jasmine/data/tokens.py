@@ -170,7 +170,7 @@ def token_metadata(index: Index, split_dir: str) -> TokenMetadata | None:
         first = error.errors()[0]
         key = ".".join(map(str, ("metadata", *first["loc"])))
         raise UserError(f"{path} does not describe tokens as this version does ({key}: {first['msg']})") from error
-    if impossible := _impossible(found, index):
+    if impossible := _impossible(found):
         raise UserError(f"{path}: metadata.{impossible} cannot be: no writer of ours has written it")
     if found.tokens.window_shape != index.frame_shape:
         raise UserError(
@@ -179,7 +179,7 @@ def token_metadata(index: Index, split_dir: str) -> TokenMetadata | None:
     return found
 
 
-def _impossible(metadata: TokenMetadata, index: Index) -> str | None:
+def _impossible(metadata: TokenMetadata) -> str | None:
     """Which of the values is none that there can be."""
     tokens, skipped = metadata.tokens, metadata.origin.skipped_episodes
     if tokens.dtype not in _DTYPES:
@@ -189,9 +189,8 @@ def _impossible(metadata: TokenMetadata, index: Index) -> str | None:
             return f"tokens.{name} = {getattr(tokens, name)!r:.40}"
     if not 1 <= tokens.stride < 2**31:
         return f"tokens.stride = {tokens.stride!r:.40}"
-    # Until it is complete, it does not list all that there will be.
-    episodes = len(index.lengths) + len(skipped) if index.complete else 2**31
-    if list(skipped) != sorted(set(skipped)) or any(not 0 <= episode < episodes for episode in skipped):
+    # Of the source, of which a part, or an index that is not complete, lists less.
+    if list(skipped) != sorted(set(skipped)) or any(not 0 <= episode < 2**31 for episode in skipped):
         return f"origin.skipped_episodes = {skipped!r:.40}"
     return None
 
