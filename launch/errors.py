@@ -50,8 +50,10 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if option_string is not None and getattr(namespace, self.dest, self.default) is not self.default:
+        given = f"{self.dest} was given"
+        if option_string is not None and given in vars(namespace):
             parser.error(f"{option_string} is given twice: keep one")
+        setattr(namespace, given, True)
         setattr(namespace, self.dest, values)
 
 

@@ -40,7 +40,7 @@ try:
     from launch.find import find_run, runs_in, storage_roots, sweep_of
     from launch.logs import follow_logs, hosts_in_order, last_words, show_logs, to_stdout
     from launch.objects import in_parallel
-    from launch.options import Job, baselines, check_options, find_job
+    from launch.options import Job, baselines, check_options, find_job, given
     from launch.paths import REPOSITORY
     from launch.plan import MASK, Plan
     from launch.record import ACTIVE, RunRecord
@@ -232,9 +232,11 @@ def resume(options: argparse.Namespace) -> int:
         raise UserError(
             f"{options.job_arguments[0]}: resume takes options of the run's job {record.job}, and no job: --OPTION VALUE …"
         )
-    if record.state == "finished" and record.job in baselines() and not options.job_arguments and not options.new_code:
+    trains = record.job in baselines() and record.job.startswith("train_")
+    if record.state == "finished" and trains and not options.job_arguments and not options.new_code:
+        more = "--num_steps N" + (" --stop_at_step 0" if given(last.arguments, "stop_at_step") else "")
         raise UserError(
-            f"run {run.name!r} has finished; to go on, give it more to do: {jobs_command('resume', run)} --num_steps N"
+            f"run {run.name!r} has finished; to go on, give it more to do: {jobs_command('resume', run)} {more}"
         )
     if options.cluster is not None:
         cluster, settings = load_cluster(options.cluster, options.set)

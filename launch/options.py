@@ -116,8 +116,10 @@ def _name(argument: str) -> str:
 def _check_values(job: Job, arguments: Sequence[str], options: "Mapping[str, _Option]") -> None:
     """Refuse what the job's parser would: each option takes one value, a boolean none, and nothing stands alone."""
     words = deque(arguments)
-    if not job.name.startswith("train_") and words and not _is_option(words[0]):
-        words.popleft()  # the run that a sampler samples from
+    if not job.name.startswith("train_"):
+        if not words or _is_option(words[0]):
+            raise UserError(f"{job.name} needs the run to sample from: {job.name} RUN")
+        words.popleft()
     while words:
         argument = words.popleft()
         if not _is_option(argument):
@@ -147,8 +149,8 @@ def check_required(job: Job, arguments: Sequence[str], root: Path = REPOSITORY) 
     """
     if job.name not in baselines():
         return
-    given = {_name(argument) for argument in arguments if _is_option(argument)}
-    if missing := [name for name in _required(job.script, root) if name not in given]:
+    there = {_name(argument) for argument in arguments if _is_option(argument)}
+    if missing := [name for name in _required(job.script, root) if name not in there]:
         raise UserError(f"{job.name} needs --{missing[0]}: give it after {job.name}")
 
 
@@ -163,15 +165,16 @@ def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = R
     Raises:
         UserError: the mesh is not of so many devices, or the batch does not split over its data-parallel ones.
     """
-    values = [_whole_number(job.script, root, arguments, name) for name in _BATCH_OPTIONS]
-    if job.name not in baselines() or None in values:
+    values = _batch_values(job, arguments, root)
+    if values is None:
         return
-    batch, accumulation, *sizes = (value for value in values if value is not None)
-    mesh = " ".join(f"--{name}={size}" for name, size in zip(_BATCH_OPTIONS[2:], sizes, strict=True))
-    fixed = math.prod(size for size in sizes if size != -1)
-    if fixed < 1 or devices % fixed or (-1 not in sizes and fixed != devices):
-        raise UserError(f"mesh {mesh} does not make the {devices} devices of this cluster; leave --mesh.data at -1")
-    unit = devices // max(sizes[2], 1) * accumulation
+    batch, accumulation, *sizes = values
+    unit = _unit(accumulation, sizes, devices)
+    if unit is None:
+        mesh = " ".join(f"--{name}={size}" for name, size in zip(_BATCH_OPTIONS[2:], sizes, strict=True))
+        twice = sizes.count(-1) > 1
+        hint = "only one size can be -1, which takes what the others leave" if twice else "leave --mesh.data at -1"
+        raise UserError(f"mesh {mesh} does not make the {devices} devices of this cluster; {hint}")
     if batch < 1 or batch % unit:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
         times = f" × {accumulation} accumulation steps" if accumulation > 1 else ""
@@ -182,20 +185,42 @@ def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = R
 
 
 def splitting_batch(
-    job: Job, arguments: Sequence[str], devices: int, root: Path = REPOSITORY
+    job: Job, several: Sequence[Sequence[str]], devices: int, root: Path = REPOSITORY
 ) -> tuple[int, int] | None:
-    """Return the script's own batch size, where `arguments` leave it at that and it does not split over the cluster's
-    data-parallel devices, and the smallest one above that does; None where there is nothing to choose, or nothing known.
+    """Return the script's own batch size, where some arguments leave it at that and it does not split over the cluster's
+    data-parallel devices, and the smallest one above that does for all of them; None where there is nothing to choose, or
+    nothing known.
 
     Args:
+        several: the arguments of a job, or of each run of a sweep.
         devices: of all processes of the job.
     """
-    values = [_whole_number(job.script, root, arguments, name) for name in _BATCH_OPTIONS]
-    if job.name not in baselines() or None in values or given(arguments, "batch_size") is not None:
+    found = [_batch_values(job, arguments, root) for arguments in several if given(arguments, "batch_size") is None]
+    units = [_unit(one[1], one[2:], devices) for one in found if one is not None]
+    if not units or None in units:
         return None
-    batch, accumulation, *_, tensor = (value for value in values if value is not None)
-    unit = devices // max(tensor, 1) * accumulation
-    return None if unit < 1 or batch % unit == 0 else (batch, (batch // unit + 1) * unit)
+    batch = next(one[0] for one in found if one is not None)
+    unit = math.lcm(*(unit for unit in units if unit is not None))
+    return None if batch % unit == 0 else (batch, (batch // unit + 1) * unit)
+
+
+def _batch_values(job: Job, arguments: Sequence[str], root: Path) -> list[int] | None:
+    """Return the values of `_BATCH_OPTIONS`; None where one cannot be read, or the script is no baseline."""
+    values = [_whole_number(job.script, root, arguments, name) for name in _BATCH_OPTIONS]
+    known = [value for value in values if value is not None]
+    return known if job.name in baselines() and len(known) == len(values) else None
+
+
+def _unit(accumulation: int, sizes: Sequence[int], devices: int) -> int | None:
+    """Return what a batch has to be a multiple of on a mesh of these sizes (data, fsdp, tensor; -1: what the others leave);
+    None where they do not make so many devices. As `jasmine.training.mesh.mesh_shape` has it."""
+    fixed = math.prod(size for size in sizes if size != -1)
+    if accumulation < 1 or any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1 or devices % fixed:
+        return None
+    if -1 not in sizes and fixed != devices:
+        return None
+    data, fsdp, _ = (devices // fixed if size == -1 else size for size in sizes)
+    return data * fsdp * accumulation
 
 
 def given(arguments: Sequence[str], name: str) -> str | None:

@@ -123,21 +123,27 @@ def requests_for(
     run_name = checked_name(name if name is not None else unused_name(storage, job))
     snapshot = take_snapshot(REPOSITORY, job.script)
     waits_for = tuple(runs_to_wait_for(after, storage, settings.backend))
+    elements = [(RunDir(storage / run), (*words[1:], *more)) for run, more in sweep_elements(run_name, swept)]
+    together = [arguments for _, arguments in elements]
     return [
         Request(
-            RunDir(storage / run), job, with_batch(RunDir(storage / run), job, (*words[1:], *more), settings), cwd,
-            cluster_name, settings, snapshot.code, snapshot.script, snapshot, sweep=run_name if swept else None,
-            after=waits_for,
+            run, job, with_batch(run, job, arguments, settings, together), cwd, cluster_name, settings, snapshot.code,
+            snapshot.script, snapshot, sweep=run_name if swept else None, after=waits_for,
         )
-        for run, more in sweep_elements(run_name, swept)
+        for run, arguments in elements
     ]  # fmt: skip
 
 
-def with_batch(run: RunDir, job: Job, arguments: tuple[str, ...], settings: AnyCluster) -> tuple[str, ...]:
+def with_batch(
+    run: RunDir, job: Job, arguments: tuple[str, ...], settings: AnyCluster, sweep: Sequence[Sequence[str]] = ()
+) -> tuple[str, ...]:
     """Return a job's arguments with a batch size, where they have none and need one, and say so.
 
     A new run whose job has a default that does not split over the cluster's devices gets the next larger batch that does. A
     run that there is keeps the batch size that it was submitted with, whatever its cluster is now.
+
+    Args:
+        sweep: the arguments of all runs of the run's sweep, which get the same batch.
     """
     if job.name not in baselines() or given(arguments, "batch_size") is not None:
         return arguments
@@ -152,7 +158,7 @@ def with_batch(run: RunDir, job: Job, arguments: tuple[str, ...], settings: AnyC
         why = "what the run was submitted with before"
     else:
         devices = settings.devices
-        if devices is None or (found := splitting_batch(job, arguments, devices)) is None:
+        if devices is None or (found := splitting_batch(job, sweep or [arguments], devices)) is None:
             return arguments
         default, size = found[0], str(found[1])
         why = f"the default of {job.name}, {default}, does not split over the {devices} devices of this cluster"

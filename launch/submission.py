@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.errors import UserError
-from launch.logs import follow_logs, to_stdout
+from launch.logs import follow_logs, last_words, to_stdout
 from launch.objects import place, soft_delete
 from launch.paths import REPOSITORY, expand_path
 from launch.plan import Plan, masked
@@ -62,18 +62,23 @@ def carry_out_here(request: Request) -> int:
 
     run = request.run
     with recorded([request]) as ((plan,), (lock,)), _hangup_interrupts():
+        slurm.check_secrets(plan)
         attempt = slurm.start_interactively(plan, run, lock)
         try:
             while plan.first_attempt not in run.attempts():
                 if attempt.poll() is not None:
-                    raise UserError(f"{run.name}: no allocation to run in; Slurm says why above")
+                    words = last_words(run.supervisor_log)
+                    raise UserError(f"{run.name}: {words or 'no allocation to run in; Slurm says why above'}")
                 if run.cancel_request.exists():
                     _stop_waiting(attempt)
-                    return _end_before_start(run, plan)
+                    if plan.first_attempt not in run.attempts():
+                        return _end_before_start(run, plan)
                 time.sleep(0.1)
         except KeyboardInterrupt:
+            run.cancel_request.touch()  # for a supervisor that is about to start its attempt
             _stop_waiting(attempt)
-            raise UserError(f"{run.name}: not started, and not waiting for an allocation any more") from None
+            if plan.first_attempt not in run.attempts():
+                raise UserError(f"{run.name}: not started, and not waiting for an allocation any more") from None
     show = to_stdout(flush=True)
     while True:
         try:
@@ -112,7 +117,7 @@ def _end_before_start(run: RunDir, plan: Plan) -> int:
 @contextlib.contextmanager
 def _hangup_interrupts() -> Iterator[None]:
     """Have a terminal that is closed, or a SIGTERM, interrupt the block as Ctrl-C does."""
-    signals = (signal.SIGHUP, signal.SIGTERM)
+    signals = [one for one in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(one) != signal.SIG_IGN]  # as by nohup
     before = [signal.signal(one, signal.default_int_handler) for one in signals]
     try:
         yield
@@ -156,9 +161,11 @@ def recorded(requests: Sequence[Request]) -> Iterator[tuple[list[Plan], list[int
 def take_back(requests: Sequence[Request]) -> None:
     """Cancel runs that have just been submitted, the last one first, because one that belongs to them was refused."""
     for request in reversed(requests):
-        with contextlib.suppress(UserError):
+        try:
             request.backend.cancel(request.run, read_standing(request.run).record)
-        print(f"{request.run.name}: cancelled", file=sys.stderr)
+            print(f"{request.run.name}: cancelled", file=sys.stderr)
+        except UserError as error:
+            print(f"warning: {request.run.name} was submitted, and could not be cancelled: {error}", file=sys.stderr)
 
 
 def _take(run: RunDir) -> int:

@@ -83,6 +83,8 @@ def missed_by_others(run: RunDir, attempt: Attempt) -> list[int] | None:
     hosts = range(attempt.processes)
     beats = in_parallel(lambda host: run.beat(attempt.number, host), hosts, of=run.root)
     unheard = [host for host in hosts if beats[host] is None]
+    if first.host in unheard:
+        return None  # jax aborts nobody who has not begun to join
     if 0 < len(unheard) < attempt.processes:
         return unheard
     return [] if any("JAX distributed service detected fatal errors" in tail for tail in tails) else None

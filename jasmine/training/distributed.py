@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -196,7 +196,9 @@ def _wait_for_coordinator(found: Rendezvous, timeout: float) -> None:
             return
         except OSError as error:
             waited = time.monotonic() - begin
-            if isinstance(error, socket.gaierror) and waited > min(timeout, RESOLVE_SECONDS):
+            # Under the launcher all nodes are there. Elsewhere a name may begin to exist with its process, however late.
+            patience = RESOLVE_SECONDS if "JASMINE_ATTEMPT" in os.environ else timeout
+            if isinstance(error, socket.gaierror) and waited > min(timeout, patience):
                 raise ClusterError(
                     f"could not join the job: {socket.gethostname()} cannot resolve the name {host} of the node of process 0 "
                     f"({found.source}): {error.strerror}"
@@ -251,6 +253,17 @@ def largest(mine: int) -> int:
     return int(multihost_utils.process_allgather(np.asarray(mine)).max())
 
 
+def of_first(numbers: Sequence[int]) -> tuple[int, ...]:
+    """The numbers, below 2**31, that process 0 has; every process calls it."""
+    if jax.process_count() == 1:
+        return tuple(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers))))
+    mine = np.zeros(count, np.int32)
+    if jax.process_index() == 0:
+        mine[:] = numbers
+    return tuple(int(number) for number in multihost_utils.broadcast_one_to_all(mine)) if count else ()
+
+
 @contextlib.contextmanager
 def exit_with_job() -> Iterator[None]:
     """Around a process's whole work: any error ends this process at once, after its message is out.
@@ -299,6 +312,7 @@ def _let_others_leave() -> None:
     client = coordination_client()
     if client is None:
         return
+    objects.flush(LAST_LINES_SECONDS)
     with contextlib.suppress(Exception):  # one that does not come is not waited for long
         client.wait_at_barrier("jasmine/leave", 1000 * LEAVE_SECONDS)
         if place()[0] == 0:

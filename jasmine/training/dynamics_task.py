@@ -152,15 +152,16 @@ class DynamicsTask(BaseTask):
                 "--data_dir holds tokens, and a latent action model that is trained along needs frames; give "
                 "--use_gt_actions or --lam_checkpoint, or name the dataset the tokens were made from"
             )
+        if "lam" in self.frozen and tokens.lam is None:
+            raise UserError("--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it")
+
+    def check_weights(self) -> None:
+        tokens = self.data.tokens
+        if tokens is None:
+            return
         for name, maker in (("tokenizer", tokens.tokenizer), ("lam", tokens.lam)):
-            if name not in self.frozen:
-                continue
-            run = self.frozen[name]
-            if maker is None:
-                raise UserError(
-                    "--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it"
-                )
-            if run.step and maker.fingerprint != run.fingerprint():
+            run = self.frozen.get(name)
+            if run is not None and maker is not None and run.step and maker.fingerprint != run.fingerprint():
                 raise UserError(
                     f"--{name}_checkpoint={run.path} (step {run.step}) is not what made the tokens in --data_dir: that was "
                     f"step {maker.step} of {maker.path}; tokenize the data with this one, or name that one"

@@ -61,6 +61,7 @@ def train(
     heartbeat = Heartbeat(own_dir)
     heartbeat.doing("joining")
     distributed.initialize()
+    task.check_weights()
     met = time.time()
     stop_signal.start()
     heartbeat.doing("preflight")

@@ -122,7 +122,8 @@ class TrainedRun:
         folder = self.path / "checkpoints"
         shared = not all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
         damaged: list[str] = []
-        for step in self.steps:
+        # A run that goes on meanwhile has newer ones by the time that the last process looks.
+        for step in distributed.of_first(self.steps) if shared else self.steps:
             problem: Exception | None = None
             try:
                 params, saved = self._read(folder / str(step), shardings)

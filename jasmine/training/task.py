@@ -79,6 +79,11 @@ class BaseTask(abc.ABC):
     def check(self) -> None:
         """Raises UserError where the options do not fit the data or each other."""
 
+    def check_weights(self) -> None:
+        """Raises UserError where the weights of frozen parts do not fit the data. Every process calls it, once they have met:
+        to read weights is to look for devices."""
+        return
+
     @abc.abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model; every `nnx.Param` of it names its logical axes (`jasmine.models.layers`)."""

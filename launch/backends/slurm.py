@@ -125,7 +125,7 @@ def export(plans: Sequence[Plan], checkout: Path, script: Path) -> str:
     exports = "\n".join(lines)
     cpus = settings.cpus_per_node
     per_task = f" --cpus-per-task={max(1, cpus // settings.processes_on_a_node)}" if cpus else ""
-    job = shlex.join([*in_container(plan), plan.argv[0], str(script)])
+    job = shlex.join([*in_container(plan, [checkout, script.parent]), plan.argv[0], str(script)])
     body = f"""\
 {exports}
 mkdir -p "$JASMINE_RUN_DIR"
@@ -144,15 +144,15 @@ exit "$code\""""
     return _sbatch_text(plans, body, settings.setup, output=log + ("%A_%a.log" if plan.sweep is not None else "%j.log"))
 
 
-def in_container(plan: Plan) -> list[str]:
+def in_container(plan: Plan, code: Sequence[Path] = ()) -> list[str]:
     """Return what goes before the command of a task in srun's call, to run it in the plan's container, if it has one:
-    options of srun, or the container's own command."""
+    options of srun, or the container's own command. It sees the folders of the storage, the job and its `code`."""
     settings = _settings(plan)
     image = settings.container
     if image is None:
         return []
     image, *more = (os.path.expanduser(os.path.expandvars(one)) for one in (image, *settings.container_mounts))
-    mounts = [str(Path(plan.run_dir).parent), plan.cwd, *more]
+    mounts = [str(Path(plan.run_dir).parent), plan.cwd, *map(str, code), *more]
     both_sides = [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys(mounts)]
     if settings.container_runtime == "pyxis":
         return [
@@ -170,7 +170,7 @@ def _sbatch_text(plans: Sequence[Plan], command: str, setup: list[str], output: 
     plan, settings = plans[0], _settings(plans[0])
     _check_paths(plan, settings)
     verbatim = [f"#SBATCH {line}" for line in settings.extra]
-    parameters = _executor_parameters(plan, settings)
+    parameters = _executor_parameters(plans, settings)
     if output is not None:
         parameters["additional_parameters"]["output"] = output
     return _make_sbatch_string(
@@ -195,8 +195,9 @@ def _check_paths(plan: Plan, settings: SlurmCluster) -> None:
             )
 
 
-def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
-    """Return the plan in the words of submitit's executor."""
+def _executor_parameters(plans: Sequence[Plan], settings: SlurmCluster) -> dict[str, Any]:
+    """Return the plans in the words of submitit's executor."""
+    plan = plans[0]
     log = _percent_safe(str(RunDir(Path(plan.run_dir)).supervisor_log))
     if plan.sweep is not None:
         log = f"{_percent_safe(_sweep_stem(plan))}.%a/supervisor.log"
@@ -229,15 +230,16 @@ def _executor_parameters(plan: Plan, settings: SlurmCluster) -> dict[str, Any]:
         "mem": settings.memory,
         "time": settings.time_limit,  # None leaves it to the partition, where submitit would say five minutes
         "constraint": settings.constraint,
-        "exclude": _excluded(plan, settings),
+        "exclude": _excluded(plans, settings),
     }
     return {**chosen, "stderr_to_stdout": True, "additional_parameters": more}
 
 
-def _excluded(plan: Plan, settings: SlurmCluster) -> str | None:
-    """Return the nodes to stay away from: those of the settings, and those at which earlier attempts of the run failed."""
-    record = read_record(RunDir(Path(plan.run_dir)))
-    blamed = nodes_to_exclude(record.blames, time.time(), settings.exclude_hours) if record is not None else []
+def _excluded(plans: Sequence[Plan], settings: SlurmCluster) -> str | None:
+    """Return the nodes to stay away from: those of the settings, and those at which earlier attempts of the runs failed."""
+    records = [read_record(RunDir(Path(plan.run_dir))) for plan in plans]
+    blames = [blame for record in records if record is not None for blame in record.blames]
+    blamed = nodes_to_exclude(blames, time.time(), settings.exclude_hours)
     return ",".join([*filter(None, [settings.exclude]), *blamed]) or None
 
 
@@ -272,17 +274,26 @@ def _read_job_id(run: RunDir) -> str | None:
         return None
 
 
+def check_secrets(plan: Plan) -> None:
+    """Refuse secrets that are not where the settings say.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, source in _settings(plan).secrets.items():
+        if source == ENVIRONMENT and name not in os.environ:
+            raise UserError(f"secrets: {name} is not set in this shell: export it, or name a file that holds it")
+        if source != ENVIRONMENT and not Path(os.path.expanduser(source)).is_file():
+            raise UserError(f"secrets: {name}: there is no such file; give '{ENVIRONMENT}' or the path of one")
+
+
 def submit(plans: Sequence[Plan], locks: Sequence[int]) -> str:
     """Submit one job, or one array, and note its id in each run directory."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    plan, settings = plans[0], _settings(plans[0])
-    for name, source in settings.secrets.items():
-        if source == ENVIRONMENT and name not in os.environ:
-            raise UserError(f"secrets: {name} is not set in this shell: export it, or name a file that holds it")
-        if source != ENVIRONMENT and not Path(os.path.expanduser(source)).is_file():
-            raise UserError(f"secrets: {name}: there is no such file; give '{ENVIRONMENT}' or the path of one")
+    plan = plans[0]
+    check_secrets(plan)
     text = batch_script(plans)
 
     class Executor(submitit.SlurmExecutor):
@@ -332,6 +343,7 @@ def start_interactively(plan: Plan, run: RunDir, lock: int) -> "subprocess.Popen
         UserError: the allocation does not have the nodes, or there is no Slurm here.
     """
     allocation = _allocation(plan)
+    run.slurm_job.unlink(missing_ok=True)  # of an earlier submission
     to_its_log = ["sh", "-c", 'log=$0; exec "$@" >>"$log" 2>&1', str(run.supervisor_log)]
     command = [*allocation, *to_its_log, *_interactive_attempt(plan), "--lock", str(lock)]
     environment = scrubbed(os.environ) if allocation else dict(os.environ)
