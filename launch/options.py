@@ -22,6 +22,8 @@ from launch.paths import REPOSITORY
 from launch.text import shown, told
 
 DEFAULT_JOB = "train_tokenizer_vqvae"
+# The variable, of the shell or of a cluster's `env:`, that names the data of jobs whose command does not.
+DATA_DIR = "JASMINE_DATA_DIR"
 
 # What it depends on whether a batch splits over the devices.
 _BATCH_OPTIONS = ("batch_size", "grad_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -147,11 +149,17 @@ def check_required(job: Job, arguments: Sequence[str], root: Path = REPOSITORY) 
     Raises:
         UserError: one is not given.
     """
+    if missing := missing_options(job, arguments, root):
+        default = f", or export {DATA_DIR}" if missing[0] == "data_dir" else ""
+        raise UserError(f"{job.name} needs --{missing[0]}: give it after {job.name}{default}")
+
+
+def missing_options(job: Job, arguments: Sequence[str], root: Path = REPOSITORY) -> list[str]:
+    """Return the options that a baseline does nothing without, and that are not given."""
     if job.name not in baselines():
-        return
+        return []
     there = {_name(argument) for argument in arguments if _is_option(argument)}
-    if missing := [name for name in _required(job.script, root) if name not in there]:
-        raise UserError(f"{job.name} needs --{missing[0]}: give it after {job.name}")
+    return [name for name in _required(job.script, root) if name not in there]
 
 
 def check_batch(job: Job, arguments: Sequence[str], devices: int, root: Path = REPOSITORY) -> None:

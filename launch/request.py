@@ -18,6 +18,7 @@ from launch.config import AnyCluster
 from launch.errors import UserError, notice_once, warn_once
 from launch.objects import is_object, unreachable
 from launch.options import (
+    DATA_DIR,
     DEFAULT_JOB,
     Job,
     baselines,
@@ -26,6 +27,7 @@ from launch.options import (
     check_required,
     find_job,
     given,
+    missing_options,
     splitting_batch,
 )
 from launch.paths import REPOSITORY, expand_path
@@ -123,7 +125,8 @@ def requests_for(
     run_name = checked_name(name if name is not None else unused_name(storage, job))
     snapshot = take_snapshot(REPOSITORY, job.script)
     waits_for = tuple(runs_to_wait_for(after, storage, settings.backend))
-    elements = [(RunDir(storage / run), (*words[1:], *more)) for run, more in sweep_elements(run_name, swept)]
+    own = with_data(job, tuple(words[1:]), settings)
+    elements = [(RunDir(storage / run), (*own, *more)) for run, more in sweep_elements(run_name, swept)]
     together = [arguments for _, arguments in elements]
     return [
         Request(
@@ -132,6 +135,15 @@ def requests_for(
         )
         for run, arguments in elements
     ]  # fmt: skip
+
+
+def with_data(job: Job, arguments: tuple[str, ...], settings: AnyCluster) -> tuple[str, ...]:
+    """Return a job's arguments with the data that `JASMINE_DATA_DIR` names, where they name none, and say so."""
+    data = settings.env.get(DATA_DIR) or os.environ.get(DATA_DIR)
+    if not data or "data_dir" not in missing_options(job, arguments):
+        return arguments
+    notice_once(f"--data_dir={data} is added: {DATA_DIR} says so")
+    return (*arguments, f"--data_dir={data}")
 
 
 def with_batch(
@@ -257,7 +269,7 @@ def pipeline_requests(path: Path, cluster: str, overrides: Sequence[str], cwd: P
         snapshot = take_snapshot(REPOSITORY, job.script)
         run = RunDir(storage / run_names[stage.name])
         filled = tuple(fill_places(argument, places) for argument in stage.arguments)
-        arguments = with_batch(run, job, filled, settings)
+        arguments = with_batch(run, job, with_data(job, filled, settings), settings)
         done = {request.run.name for request in requests if has_finished(request.run)}
         after = tuple(run_names[other] for other in stage.after if run_names[other] not in done)
         requests.append(

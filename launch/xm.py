@@ -37,7 +37,7 @@ from launch.options import Job, check_options
 from launch.paths import expand_path
 from launch.plan import Plan
 from launch.record import ACTIVE
-from launch.request import Request, checked_name, checked_plan, with_batch
+from launch.request import Request, checked_name, checked_plan, with_batch, with_data
 from launch.run_dir import RunDir
 from launch.snapshot import Snapshot, take_snapshot
 from launch.standing import read_standing
@@ -201,7 +201,7 @@ class TpuWorkUnit(xm.WorkUnit):
         check_options(code.job, words)
         cwd = Path.cwd()
         run = RunDir(expand_path(settings.storage, "storage", cwd) / checked_name(self.experiment_unit_name))
-        arguments = with_batch(run, code.job, tuple(words), settings)
+        arguments = with_batch(run, code.job, with_data(code.job, tuple(words), settings), settings)
         return Request(
             run, code.job, arguments, cwd, cluster, settings, code.snapshot.code, code.snapshot.script, code.snapshot
         )

@@ -11,7 +11,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JASMINE_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "xla"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JASMINE_COMPILATION_CACHE_DIR"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-for name in ("JASMINE_RUN_DIR", "JASMINE_STORAGE", "JASMINE_ATTEMPT"):
+for name in ("JASMINE_RUN_DIR", "JASMINE_STORAGE", "JASMINE_ATTEMPT", "JASMINE_DATA_DIR"):
     os.environ.pop(name, None)
 
 import numpy as np  # noqa: E402

@@ -130,7 +130,7 @@ def write_resource(run: RunDir, rented: Rented) -> None:
 
 
 def first_resource(run: RunDir, settings: CloudTpuCluster, last: Rented | None) -> Rented:
-    """Return what a new submission of a run rents first, after what earlier ones have rented last. Its number is a new one: of
+    """Return what a new submission of a run rents first, after what earlier ones have rented last. Its number is new: of
     VMs by an old name it stands in the run directory that they have nothing more to do."""
     folder = run.root / "cloud_tpu"
     tails = [path.name.rpartition("-")[2] for path in folder.iterdir()] if folder.is_dir() else []

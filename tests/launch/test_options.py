@@ -209,19 +209,19 @@ def request_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def test_a_default_batch_is_made_to_split_and_stays_what_it_was(
     request_for: Callable[..., Request], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = request_for("tpu-v5-256")  # a whole command
-    assert first.arguments == ("--batch_size=256",)
+    first = request_for("tpu-v5-256", "train_tokenizer_vqvae", "--data_dir=D")
+    assert first.arguments == ("--data_dir=D", "--batch_size=256")
     default = "the default of train_tokenizer_vqvae, 48, does not split over the 256 devices of this cluster"
     assert capsys.readouterr().err == f"--batch_size=256 is added: {default}\n"
     check_devices(first)
-    assert "# job: train_tokenizer_vqvae --batch_size=256\n" in first.backend.preview([first.plan()])
+    assert "# job: train_tokenizer_vqvae --data_dir=D --batch_size=256\n" in first.backend.preview([first.plan()])
     job = "train_tokenizer_vqvae"
     assert request_for("tpu-v5-256", job, "--grad_accumulation_steps", "3").arguments[-1] == "--batch_size=768"
     assert request_for("tpu-v5-256", job, "--mesh.tensor=16").arguments == ("--mesh.tensor=16",)  # 48 over 16 parts
     assert request_for("tpu-v5-16").arguments == ()
     assert request_for("local", overrides=["processes=5"]).arguments == ("--batch_size=50",)
-    told = request_for("tpu-v5-256", job, "--batch-size", "100")
-    assert told.arguments == ("--batch-size", "100")  # whoever asks for it hears why it does not do
+    told = request_for("tpu-v5-256", job, "--data_dir=D", "--batch-size", "100")
+    assert told.arguments == ("--data_dir=D", "--batch-size", "100")  # whoever asks for it hears why it does not do
     with pytest.raises(UserError, match="--batch_size=100 does not split"):
         check_devices(told)
 
@@ -233,10 +233,53 @@ def test_a_default_batch_is_made_to_split_and_stays_what_it_was(
     assert request_for("tpu-v5-16", job, "--batch_size", "64").arguments == ("--batch_size", "64")
 
 
-def test_the_batch_of_a_run_that_there_is_is_not_chosen_anew(request_for: Callable[..., Request]) -> None:
+def test_the_batch_of_a_run_that_there_is_is_not_chosen_anew(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JASMINE_DATA_DIR", "D")
     with recorded([request_for("tpu-v5-16")]):
         pass
     moved = request_for("tpu-v5-256")
-    assert moved.arguments == ()
+    assert moved.arguments == ("--data_dir=D",)
     with pytest.raises(UserError, match="--batch_size=48 does not split"):
         check_devices(moved)
+
+
+def test_a_cluster_alone_is_a_whole_command_where_it_is_known_which_data(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UserError, match="needs --data_dir: give it after train_tokenizer_vqvae, or export JASMINE_DATA_DIR"
+    ):
+        check_devices(request_for("local"))
+    monkeypatch.setenv("JASMINE_DATA_DIR", "/data/of the shell")
+    request = request_for("local")
+    check_devices(request)
+    assert request.plan().arguments == ("--data_dir=/data/of the shell",)
+    assert capsys.readouterr().err == "--data_dir=/data/of the shell is added: JASMINE_DATA_DIR says so\n"
+    by_cluster = request_for("local", overrides=["env.JASMINE_DATA_DIR=/data/of the cluster"])
+    assert by_cluster.arguments == ("--data_dir=/data/of the cluster",)
+    assert request_for("local", "train_lam", "--data_dir", "D").arguments == ("--data_dir", "D")
+    assert request_for("local", "sample_maskgit", "RUN").arguments == ("RUN",)
+
+
+def test_all_runs_of_a_sweep_get_the_same_batch(tmp_path: Path) -> None:
+    requests = requests_for(
+        ["train_lam", "--data_dir=D"], cluster="local", overrides=["processes=16", f"storage={tmp_path}"], name="s",
+        sweep=["mesh.tensor=1,8"], after=(), cwd=tmp_path, reserved=(),
+    )  # fmt: skip
+    assert [request.arguments[-1] for request in requests] == ["--batch_size=48"] * 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fits"),
+    [("--mesh.fsdp=-1", False), ("--mesh.data=1 --mesh.fsdp=-1", True), ("--mesh.data=1 --mesh.tensor=-1", True)],
+)
+def test_a_mesh_is_read_as_the_job_reads_it(mesh: str, fits: bool) -> None:
+    job = Job("train_lam", baselines()["train_lam"])
+    arguments = [*mesh.split(), "--batch_size=40"]
+    if fits:
+        check_batch(job, arguments, devices=8)
+    else:
+        with pytest.raises(UserError, match="only one size can be -1"):
+            check_batch(job, arguments, devices=8)
