@@ -63,11 +63,12 @@ def carry_out_here(request: Request) -> int:
     run = request.run
     with recorded([request]) as ((plan,), (lock,)), _hangup_interrupts():
         slurm.check_secrets(plan)
+        said = _size(run.supervisor_log)
         attempt = slurm.start_interactively(plan, run, lock)
         try:
             while plan.first_attempt not in run.attempts():
                 if attempt.poll() is not None:
-                    words = last_words(run.supervisor_log)
+                    words = last_words(run.supervisor_log) if _size(run.supervisor_log) > said else None
                     raise UserError(f"{run.name}: {words or 'no allocation to run in; Slurm says why above'}")
                 if run.cancel_request.exists():
                     _stop_waiting(attempt)
@@ -95,6 +96,10 @@ def carry_out_here(request: Request) -> int:
         print(f"see {run.supervisor_log}", file=sys.stderr)
         return 1
     return record.exit_code
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stop_waiting(salloc: "subprocess.Popen[bytes]") -> None:
