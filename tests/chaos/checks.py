@@ -95,7 +95,7 @@ def readable(campaign: Campaign) -> list[str]:
         problems.append(f"events.jsonl: attempts that began twice: {doubled}")
     for step in campaign.checkpoints():
         try:
-            open_checkpoint(epath.Path(str(campaign.run.root)), step).read()
+            open_checkpoint(epath.Path(str(campaign.run.root)), step, weights=True)
         except UserError as error:
             problems.append(str(error))
     page = ["--out", str(campaign.backend.root / "report.html")]
