@@ -155,7 +155,8 @@ def test_an_option_that_the_job_cannot_do_without(checkout: Checkout) -> None:
     assert "train_lam needs --data_dir" in _refused(checkout, "--cluster", "local", "train_lam")
     dry = checkout.run("submit", "--cluster", "local", "--dry-run", "train_lam")
     assert dry.returncode == 0
-    assert dry.stderr == "warning: this would be refused: train_lam needs --data_dir: give it after train_lam\n"
+    needs = "train_lam needs --data_dir: give it after train_lam, or export JASMINE_DATA_DIR"
+    assert dry.stderr == f"warning: this would be refused: {needs}\n"
     slurm = ["submit", "--cluster", "slurm-h100", "--set", "storage=runs", "--export-sbatch", "job.sbatch", "train_lam"]
     exported = checkout.run(*slurm)
     assert (exported.returncode, exported.stderr) == (0, dry.stderr)
