@@ -133,7 +133,8 @@ def first_resource(run: RunDir, settings: CloudTpuCluster, last: Rented | None) 
     """Return what a new submission of a run rents first, after what earlier ones have rented last. Its number is new: of
     VMs by an old name it stands in the run directory that they have nothing more to do."""
     folder = run.root / "cloud_tpu"
-    tails = [path.name.rpartition("-")[2] for path in folder.iterdir()] if folder.is_dir() else []
+    there = unreachable(run.root.parent) is None and folder.is_dir()  # for a dry run it does not have to be reached
+    tails = [path.name.rpartition("-")[2] for path in folder.iterdir()] if there else []
     number = 1 + max([last.number if last else 0, *(int(tail) for tail in tails if tail.isdecimal())])
     return Rented(resource_id(str(run.root), number), settings.zone[0], number, time.time())
 
