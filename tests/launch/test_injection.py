@@ -206,7 +206,7 @@ def test_an_exported_script_gives_the_job_its_arguments_and_variables(
     try:
         settings = settings_from(place, {"backend": "slurm", "python": str(place.root / "bin" / "python"), "env": env})
         plan = plan_for(settings, run, cwd, tuple(arguments))
-        script = slurm.export(plan, place.root / "check out", script_file)
+        script = slurm.export([plan], place.root / "check out", script_file)
     except UserError as error:
         names_are_wrong = not all(name.isidentifier() and name.isascii() for name in env)
         unfit_texts = any(unfit(text, lines=True) for text in [*env.values(), *arguments])

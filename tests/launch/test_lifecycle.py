@@ -358,10 +358,10 @@ def test_what_a_dry_run_shows_is_what_runs(checkout: Checkout) -> None:
         "hush" not in path.read_text() for path in checkout.directory().root.rglob("*") if path.suffix == ".json"
     )
     assert record.state == "finished"
-    refused = checkout.jobs("resume", "r")
+    refused = checkout.jobs("resume", "r", "--num_steps", "4")
     assert refused.returncode == 2
     assert "export MY_TOKEN first" in refused.stderr
-    assert checkout.jobs("resume", "r", "--set", "env.MY_TOKEN=hush", "--wait").returncode == 0
+    assert checkout.jobs("resume", "r", "--set", "env.MY_TOKEN=hush", "--wait", "--num_steps", "4").returncode == 0
 
 
 def test_of_two_submissions_of_one_name_one_wins(checkout: Checkout) -> None:

@@ -312,8 +312,8 @@ def test_mail_and_reservation_reach_slurm(here: Checkout, slurm: SlurmCluster) -
         sets = [part for key in keys for part in ("--set", key)]
         submit(here, *sets, "train_lam", "--num_steps", "1")
         assert here.end().attempts[0].nodes == [node]
-        wait_until(lambda: slurm.mails.exists())
-        assert f"Job_id={job_id(here)} Name=r Ended" in slurm.mails.read_text()
+        told = f"Job_id={job_id(here)} Name=r Ended"
+        wait_until(lambda: slurm.mails.exists() and told in slurm.mails.read_text())
         assert slurm.mails.read_text().rstrip().endswith("me@example.org")
         refused = here.run("submit", "--cluster", "slurm.yaml", *sets, "--set", "reservation=yours", "train_lam")
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

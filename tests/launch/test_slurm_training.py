@@ -121,6 +121,9 @@ def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
     steps = ["--num_steps", "3000", "--log_checkpoint_interval", "3000"]
     run = login.submit(*(part for key in settings for part in ("--set", key)), "--", *steps)
     login.at_step(run, 3)
+    wait_until(
+        lambda: (run.beat(1, 1) or {}).get("doing") == "stepping"
+    )  # one that compiles has ten times as long, too
     os.kill(int(run.pid_file(1, 1).read_text()), signal.SIGSTOP)
     wait_until(lambda: len(jobs.events(run.root, "preflight")) == 2, 90)
     (hang,) = jobs.events(run.root, "hang")

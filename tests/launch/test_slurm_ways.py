@@ -195,7 +195,14 @@ def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout
 
 def interactively(here: Checkout, *arguments: str) -> "subprocess.Popen[str]":
     command = here.argv("submit", "--cluster", "slurm.yaml", "--interactive", "--name", "r", *arguments, "train_lam")
-    return subprocess.Popen(command, cwd=here.home, env=here.env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=here.home,
+        env=here.env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
+    )
 
 
 def test_an_interactive_run_waits_where_one_sees_it_and_leaves_nothing_if_it_does_not_start(
