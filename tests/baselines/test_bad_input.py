@@ -246,8 +246,8 @@ def test_tokens_where_frames_or_other_tokens_are_needed(family, tmp_path):
         ("causal", [], "--lam_checkpoint: the tokens in --data_dir were made without --lam; tokenize them with it"),
         ("causal", ["--seq_len", "3"], "holds the tokens of windows of 4 frames; train with --seq_len=4"),
         (
-            "causal",
-            ["--tokenizer_checkpoint", other],
+            "maskgit",
+            ["--tokenizer_checkpoint", other, "--use_gt_actions"],
             (
                 f"--tokenizer_checkpoint={other} (step 4) is not what made the tokens in --data_dir: that was step 6 of "
                 f"{family['vqvae']}"

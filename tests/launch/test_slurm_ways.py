@@ -193,6 +193,12 @@ def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout
     assert len(here.directory("inside").attempts()) == 1
 
 
+def _as_on_a_terminal() -> None:
+    """Tests in the background, or under nohup, ignore these, and so would what they start."""
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
+
+
 def interactively(here: Checkout, *arguments: str) -> "subprocess.Popen[str]":
     command = here.argv("submit", "--cluster", "slurm.yaml", "--interactive", "--name", "r", *arguments, "train_lam")
     return subprocess.Popen(
@@ -201,7 +207,7 @@ def interactively(here: Checkout, *arguments: str) -> "subprocess.Popen[str]":
         env=here.env,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
+        preexec_fn=_as_on_a_terminal,
     )
 
 
