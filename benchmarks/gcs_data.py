@@ -166,9 +166,9 @@ def main() -> None:
         gcs.latency(0)
         side_by_side = warm(local, remote, DataCache(f"{folder}/cold", 2 * size), rounds)
         half = small_cache(gcs, remote, DataCache(f"{folder}/small", size // 2), num_shards, 8 if options.quick else 40)
-    result = {"frames": kind, "warm": side_by_side, "cold": first_epoch, "small_cache": half}
+    result: dict[str, Any] = {"frames": kind, "warm": side_by_side, "cold": first_epoch, "small_cache": half}
     for name in ("warm", "cold", "small_cache"):
-        print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in result[name].items()))  # type: ignore[attr-defined]
+        print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in result[name].items()))
     print(json.dumps(result))
 
 

@@ -210,7 +210,8 @@ def describe_data(config: TrainConfig, parts: Mapping[str, TrainedRun]) -> tuple
     shape = _given_shape(config) or (trained_on.frame_shape if trained_on else FRAME_SHAPE)
     num_actions = None
     if getattr(config, "use_gt_actions", False):
-        num_actions = config.num_actions or (trained_on and trained_on.num_actions) or NUM_ACTIONS  # type: ignore[attr-defined]
+        known = getattr(config, "num_actions", None) or (trained_on and trained_on.num_actions)
+        num_actions = known or NUM_ACTIONS
     frames = f"frames of {'×'.join(map(str, shape))}{f' with {num_actions} actions' if num_actions else ''}"
     like = f" as the {source} was trained on" if trained_on and not _given_shape(config) else ""
     return DataInfo(shape, num_actions), [f"{missing}: taken for {frames}{like}"]

@@ -153,7 +153,11 @@ def _lock(descriptor: int, seconds: float) -> None:
 
 
 def _is_locked(root: ObjectPath) -> bool:
-    descriptor = os.open(_local_lock(root), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    return is_locked(os.open(_local_lock(root), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+
+
+def is_locked(descriptor: int) -> bool:
+    """Return whether somebody else holds the lock of an open file, which is closed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -272,13 +272,7 @@ class RunDir:
             descriptor = os.open(self.root / ".lock", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return lease.is_locked(descriptor)
 
 
 def in_use(run: RunDir) -> UserError:

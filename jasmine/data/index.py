@@ -14,7 +14,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -23,8 +23,8 @@ from jasmine.data import bucket
 from jasmine.data.bucket import BucketFolder
 from jasmine.errors import UserError
 
-FORMAT = "jasmine-episodes"
-VERSION = 1
+FORMAT: Final = "jasmine-episodes"
+VERSION: Final = 1
 INDEX_NAME = "index.json"
 ACTION_DTYPE = np.dtype("<i4")
 
@@ -76,8 +76,8 @@ class Index:
     metadata: dict[str, Any] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     complete: bool = False
-    format: Literal["jasmine-episodes"] = FORMAT  # type: ignore[assignment]
-    version: Literal[1] = VERSION  # type: ignore[assignment]
+    format: Literal["jasmine-episodes"] = FORMAT
+    version: Literal[1] = VERSION
 
     @property
     def lengths(self) -> np.ndarray:
