@@ -15,6 +15,8 @@ LEAST_SECONDS = 120.0
 STEPS = 10
 # A process whose heart beats once a second is stopped, or its machine is, when it has been silent for this long.
 SILENT_SECONDS = 10.0
+# By then a process that was stopped in the midst of the last step is known to be silent.
+TELLING_SECONDS = 15.0
 _UNHEARD = {"step": 0, "doing": "starting"}
 
 
@@ -83,4 +85,6 @@ class Watchdog:
             return Hang(silent[0], f"{what}; process {silent[0]} is stopped, or its machine is")
         if len(behind) == 1:
             return Hang(behind[0], f"{what}; process {behind[0]} is still at step {least}")
+        if still <= TELLING_SECONDS:
+            return None  # a short timeout: one of them may turn out to be silent
         return Hang(None, f"{what}; no process stands out")

@@ -31,6 +31,17 @@ def test_the_process_that_is_behind_or_silent_is_named() -> None:
         assert found.host == host
 
 
+def test_a_short_timeout_waits_until_it_can_tell_who_is_silent() -> None:
+    still = "no progress for {} s at step 7 (stepping); {}"
+    stopped = Hang(1, still.format(12, "process 1 is stopped, or its machine is"))
+    nobody = Hang(None, still.format(16, "no process stands out"))
+    for silent, second, hang in ((1, 12, stopped), (None, 16, nobody)):
+        dog = Watchdog(4)
+        for earlier in range(0, second, 2):
+            assert dog.look(beats([7, 7], earlier, silent=silent), earlier, []) is None
+        assert dog.look(beats([7, 7], second, silent=silent), second, []) == hang
+
+
 def test_a_clock_that_is_wrong_makes_nobody_silent() -> None:
     dog = Watchdog(20)
     for second in range(0, 30, 2):
