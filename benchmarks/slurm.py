@@ -117,13 +117,16 @@ def _trains_after(run: RunDir, struck: list[int], count: int) -> bool:
     return newest > max(struck, default=0) and len(times[newest]) >= count
 
 
-def _nodes_missing(cluster: SlurmCluster) -> list[str]:
-    """Return the nodes that Slurm does not use, after asking it to use them again."""
-    lines = [line.split() for line in cluster.command("sinfo", "-h", "-N", "-o", "%N %T").splitlines()]
-    missing = sorted({node for node, state in lines if state not in ("idle", "allocated", "mixed")})
-    for node in missing:
-        cluster.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-    return missing
+def _lost_by_node_loss(folder: Path, name: str, repeats: int, nodes: int) -> list[float]:
+    """Cut a node of the job off, again and again, each time with the ones before back; return the seconds lost."""
+    with running_cluster(nodes=nodes, slurmd_timeout=10, own_networks=True) as cluster:
+
+        def pull(run: RunDir, attempt: int) -> None:
+            cluster.bring_back(cluster.nodes)
+            record = json.loads(run.record.read_text())
+            cluster.pull_cable(record["attempts"][-1]["nodes"][1])
+
+        return lost_by(Login(folder, cluster), name, repeats, pull)
 
 
 def to_process(signum: signal.Signals, host: int) -> Callable[[RunDir, int], None]:
@@ -170,18 +173,9 @@ def main() -> None:
                 seconds["lost_by_death_of_rank_0"] = lost_by(login, "killed-0", repeats, to_process(signal.SIGKILL, 0))
             seconds["lost_by_hang"] = lost_by(login, "stopped", repeats, to_process(signal.SIGSTOP, 1))
         if not options.quick and networks_allowed():
-            with running_cluster(nodes=3, slurmd_timeout=10, own_networks=True) as cluster:
-                login = Login(Path(folder), cluster)
-
-                def pull(run: RunDir, attempt: int) -> None:
-                    for node in cluster.nodes:
-                        cluster.plug_cable(node)
-                    # The next attempt needs the node that was lost before: only a cluster that is whole again loses one.
-                    wait(lambda: not _nodes_missing(cluster), "all nodes are back")
-                    record = json.loads(run.record.read_text())
-                    cluster.pull_cable(record["attempts"][-1]["nodes"][1])
-
-                seconds["lost_by_node_loss"] = lost_by(login, "unplugged", repeats, pull)
+            # Five losses of nodes of their own, and of those of a cluster in which every lost node is needed again.
+            for name, nodes in (("lost_by_node_loss", 2 + repeats), ("lost_by_node_loss_no_spare", 3)):
+                seconds[name] = _lost_by_node_loss(Path(folder), name, repeats, nodes)
     print(json.dumps({name: round(statistics.median(values), 2) for name, values in seconds.items()}))
 
 

@@ -48,13 +48,14 @@ class HostExit(_Stored):
 class Blame(_Stored):
     """A machine at which an attempt failed; `node` as the cluster calls it, `reason` one line.
 
-    `certain` is set where the machine itself was tested and found wrong.
+    `certain` is set where the machine itself was tested and found wrong, `lost` where the scheduler has lost it.
     """
 
     node: str
     reason: str
     time: float
     certain: bool = False
+    lost: bool = False
 
 
 class Attempt(_Stored):

@@ -415,11 +415,12 @@ class _Silence:
 _silence = _Silence()
 
 
-def ask(*command: str, patience: float = QUERY_SECONDS) -> str:
+def ask(*command: str, patience: float = QUERY_SECONDS, text: str | None = None) -> str:
     """Return what one of Slurm's commands prints.
 
     Args:
         patience: seconds to wait for it.
+        text: what it reads.
 
     Raises:
         NoAnswerError: there is no such command here, it failed, or took too long.
@@ -427,7 +428,9 @@ def ask(*command: str, patience: float = QUERY_SECONDS) -> str:
     if time.monotonic() - _silence.since < QUERY_SECONDS and command[0] != "sacct":
         raise NoAnswerError(_silence.said)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=scrubbed(os.environ))
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=patience, env=scrubbed(os.environ)
+        )
     except OSError as error:
         raise NoAnswerError(f"{command[0]}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:

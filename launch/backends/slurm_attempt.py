@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -57,6 +58,17 @@ LOOK_SECONDS = 2.0
 # jax misses a process before Slurm misses its node, which it looks at every third of SlurmdTimeout.
 LOST_SECONDS = 30.0
 STACKS_SECONDS = 4.0
+# A node that was cut off comes back with the job's old processes. While its slurmd ends them, a minute or two, it kills
+# every ten seconds whatever else it is given of a job of that number, and is not done as long as there is something. So the
+# next attempts stay away from it for a while, where there are other nodes; one that dies there so soon is put down to that,
+# and the one after it waits.
+AVOID_SECONDS = 600.0
+RETURNED_SECONDS = 3600.0
+KILLED_SOON_SECONDS = 30.0
+PAUSE_SECONDS = 60
+# Slurm starts a job again in the moment in which it takes the lost node for down. If that is also the second of the requeue,
+# the nodes that are left take the new attempt for the old one ("job credential revoked"), and the job has failed for good.
+LOST_PAUSE_SECONDS = 5
 
 
 def main() -> int:
@@ -99,9 +111,9 @@ def main() -> int:
         os.close(lock)
 
 
-def ask(*command: str) -> str:
-    """Return what one of Slurm's commands prints; raises `NoAnswerError`."""
-    return slurm.ask(*command, patience=PATIENCE_SECONDS)
+def ask(*command: str, text: str | None = None) -> str:
+    """Return what one of Slurm's commands prints that reads `text`; raises `NoAnswerError`."""
+    return slurm.ask(*command, patience=PATIENCE_SECONDS, text=text)
 
 
 def _is_newest_submission(run: RunDir) -> bool:
@@ -154,6 +166,7 @@ class _Supervisor:
         self.number: int | None = None  # of the attempt, once it has begun
         self.silent: set[int] = set()  # processes of it whose workers did not say how they ended
         self.missed: list[int] | None = None  # processes of it for whose sake jax ended the others
+        self.pause = 0  # seconds until the next attempt may start
         self.ends_at = self._end_time()
 
     def run_attempt(self) -> int:
@@ -192,6 +205,10 @@ class _Supervisor:
         attempt.outcome = attempt.outcome or outcome(attempt.exits)  # a hang is a failure, however its processes ended
         if attempt.outcome == "failed" and (lost := self._lost_meanwhile(attempt)):
             attempt.outcome, attempt.cause = "preempted", lost  # no failure of the job: it does not count as one
+            self.pause = LOST_PAUSE_SECONDS
+        if attempt.outcome != "finished" and (back := self._killed_by_returned(attempt)):
+            attempt.outcome, self.pause = "preempted", PAUSE_SECONDS
+            attempt.cause = f"{back}, which it had lost, still ends what it ran of this job"
         if attempt.outcome == "preempted":
             attempt.cause = attempt.cause or self._why_warned()
             self.run.append_event("preempted", attempt=number, cause=attempt.cause)
@@ -248,7 +265,7 @@ class _Supervisor:
         watchdog = watchdog_of(self.run, self.plan, attempt.number)
         look_at = 0.0
         kill_at: float | None = None
-        told = False
+        told = ending = False
         while srun.poll() is None:
             self._wait_for_a_signal()
             ended = collect_exits(self.run, attempt, waiting)
@@ -261,6 +278,10 @@ class _Supervisor:
                 if kill_at is None and (hang := find_hang(self.run, attempt, self.hosts, watchdog)):
                     self._give_up(attempt, hang, waiting)
                     break
+            if self.terminated and not ending:
+                ending = True
+                if _down(attempt.nodes):
+                    kill_at = now  # without that node nobody can save, and Slurm leaves little time to write this down
             if self.asked and not told:
                 told, kill_at = True, now + self.settings.grace_seconds
                 self.run.append_event("signalled", attempt=attempt.number, signal="SIGTERM", why=self.asked)
@@ -274,9 +295,8 @@ class _Supervisor:
             if kill_at is not None and now > kill_at:
                 self.run.append_event("killed", attempt=attempt.number, hosts=sorted(waiting))
                 self.run.ask_file(attempt.number, "kill").touch()
-                deadline = now + 10
-                while srun.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.1)
+                while srun.poll() is None and time.monotonic() < now + (2 if self.terminated else 10):
+                    self._wait_for_a_signal()
                 break
         if srun.poll() is None:
             srun.kill()  # waits for a node that is gone
@@ -349,8 +369,9 @@ class _Supervisor:
                 self.run.append_event("preempted", attempt=attempt.number, cause=lost)
             self.record.reason = f"Slurm ended attempt {attempt.number}"
             self._write("submitted")
-            if self._job_state() == "PENDING":  # Slurm has put it back into the queue by itself
-                self._exclude()
+            # Slurm has put it back into the queue by itself, or may have: while a job ends, it does not say what follows.
+            if self._job_state() in ("PENDING", "COMPLETING"):
+                self._exclude(self._nodes_to_exclude())
             return exit_code(attempt)
         end = ending_after(attempt, asked=self.asked, progress=progress, spent=spent, budget=budget[attempt.outcome])
         if end is not None:
@@ -367,6 +388,7 @@ class _Supervisor:
     def _requeue(self, code: int) -> int:
         """Have Slurm run this job again, and stay until it ends this run of it."""
         deadline = time.monotonic() + REQUEUE_SECONDS
+        excluded = self._nodes_to_exclude()
         while True:
             try:
                 ask("scontrol", "requeue", self.job_id)
@@ -378,22 +400,39 @@ class _Supervisor:
                     break  # Slurm has done so by itself, as after a preemption
                 print(f"requeue: {error}; trying again", flush=True)
                 time.sleep(5)
-        self._exclude()
+        self._exclude(excluded)
         return code
 
-    def _exclude(self) -> None:
-        """Keep the job, which is in the queue again, away from nodes that were blamed."""
+    def _exclude(self, nodes: Sequence[str]) -> None:
+        """Keep the job, which is in the queue again, away from nodes."""
         if not self.record.blames:
             return
-        # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
-        excluded = nodes_to_exclude(self.record.blames, time.time(), self.settings.exclude_hours)
-        nodes = ",".join(sorted({*excluded, *filter(None, [self.settings.exclude])}))
+        excluded = ",".join([*nodes, *filter(None, [self.settings.exclude])])
+        changes = [f"ExcNodeList={excluded}"]  # none: all may be used again
+        if self.pause:
+            changes.append(f"StartTime=now+{self.pause}")
         try:
-            ask("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={nodes}")  # none: all may be used again
-            if excluded:
-                self.run.append_event("excluded", self.record.attempts[-1].number + 1, nodes=excluded)
+            # Slurm takes this only for a job that waits: now, while it gives this process the time to end.
+            ask("scontrol", "update", f"JobId={self.job_id}", *changes)
+            if nodes:
+                self.run.append_event("excluded", self.record.attempts[-1].number + 1, nodes=nodes)
         except NoAnswerError as error:
-            print(f"could not exclude {nodes}: {error}", flush=True)
+            print(f"could not exclude {excluded}: {error}", flush=True)
+
+    def _nodes_to_exclude(self) -> list[str]:
+        """Return the nodes that were blamed, and those lost of late if there are enough without them."""
+        blamed = nodes_to_exclude(self.record.blames, time.time(), self.settings.exclude_hours)
+        lost = sorted(self._lost_nodes(AVOID_SECONDS).difference(blamed))
+        return [*blamed, *lost] if lost and self._has_room_without([*blamed, *lost]) else blamed
+
+    def _has_room_without(self, nodes: Sequence[str]) -> bool:
+        """Return whether Slurm could ever start the job on others of the nodes that are up now."""
+        with contextlib.suppress(NoAnswerError):
+            script = ask("scontrol", "write", "batch_script", self.job_id, "-")
+            excluded = ",".join([*nodes, *filter(None, [self.settings.exclude])])
+            ask("sbatch", "--test-only", "--dependency=", f"--exclude={excluded}", text=script)
+            return True
+        return False
 
     def _blame(self, attempt: Attempt) -> None:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself
@@ -405,8 +444,8 @@ class _Supervisor:
             if node in attempt.nodes:
                 self._put_down_to(node, attempt.cause, certain=True)
             return
-        if any(blame.time >= attempt.started for blame in self.record.blames):
-            return  # as for a hang: it is known who is to blame
+        if self.pause or any(blame.time >= attempt.started for blame in self.record.blames):
+            return  # as for a hang or a lost node: it is known who is to blame
         if self.missed is not None:
             for host in self.missed[:1]:
                 attempt.first_failed, node = host, attempt.nodes[host]
@@ -438,9 +477,24 @@ class _Supervisor:
         """Note the nodes of processes that were missed, if Slurm finds them gone as well; return a line about them."""
         gone = {attempt.nodes[host] for host in [*self.silent, *(self.missed or [])]}
         deadline = time.monotonic() + (LOST_SECONDS if self.missed else 0.0)
-        while (lost := self._blame_lost_nodes(attempt, gone)) is None and time.monotonic() < deadline:
-            time.sleep(1)
-        return lost
+        while True:
+            last_look = self.terminated or time.monotonic() >= deadline
+            if (lost := self._blame_lost_nodes(attempt, gone)) or last_look:
+                return lost
+            self._wait_for_a_signal()
+
+    def _killed_by_returned(self, attempt: Attempt) -> str | None:
+        """Return the node that the job had lost and that, now that it is back, has killed this attempt, if one has."""
+        if time.time() - attempt.started > KILLED_SOON_SECONDS:
+            return None
+        lost = self._lost_nodes(RETURNED_SECONDS, before=attempt.started)
+        return next((node for host in sorted(self.silent) if (node := attempt.nodes[host]) in lost), None)
+
+    def _lost_nodes(self, seconds: float, before: float = math.inf) -> set[str]:
+        """Return the nodes that this job, not an earlier one of the run, has lost in the last `seconds`."""
+        own = (one.started for one in self.record.attempts if one.number >= self.plan.first_attempt)
+        since = max(min(own, default=0.0), time.time() - seconds)
+        return {blame.node for blame in self.record.blames if blame.lost and since < blame.time < before}
 
     def _blame_lost_nodes(self, attempt: Attempt, among: set[str] | None = None) -> str | None:
         """Note the nodes of an attempt, or those `among` them, that are down; return a line about them, None where there are
@@ -450,7 +504,7 @@ class _Supervisor:
         down = _down(nodes)
         for node in down:
             if node not in known:
-                self.record.blames.append(Blame(node=node, reason="it went down", time=time.time()))
+                self.record.blames.append(Blame(node=node, reason="it went down", time=time.time(), lost=True))
                 self.run.append_event("blamed", attempt=attempt.number, node=node, reason="it went down")
         return f"lost its node {', '.join(down)}" if down else None
 

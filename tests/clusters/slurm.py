@@ -206,6 +206,20 @@ class SlurmCluster:
         """Undo `pull_cable`."""
         _ip("link", "set", self._cable(node), "up")
 
+    def bring_back(self, nodes: Sequence[str]) -> None:
+        """Undo `pull_cable`, and return once Slurm uses the nodes again."""
+        for node in nodes:
+            self.plug_cable(node)
+        self._wait(lambda: not self._unused(nodes), 120, "nodes do not come back")
+
+    def _unused(self, nodes: Sequence[str]) -> list[str]:
+        """Return those of some nodes that Slurm does not use, after asking it to use them again."""
+        lines = [line.split() for line in self.command("sinfo", "-h", "-N", "-o", "%N %T").splitlines()]
+        unused = sorted({node for node, state in lines if state not in ("idle", "allocated", "mixed")} & {*nodes})
+        for node in unused:
+            self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        return unused
+
     # --- what a user does --------------------------------------------------------------------------------------
 
     def command(self, *argv: str, check: bool = True) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.record import read_record
+from tests import jobs
 from tests.clusters.slurm import SlurmCluster
 from tests.launch.checkouts import Checkout, is_alive, wait_until
 from tests.launch.slurm_login import at_step, end_all_jobs, events, job_id, login, steps, submit
@@ -133,6 +134,8 @@ def test_cancel_saves_and_stops_a_run_and_takes_a_waiting_one_from_the_queue(
     submit(here, "--set", "nodes=4", "--set", "extra=['--exclusive']", "train_lam", name="waits")
     for host in range(4):
         at_step(here, 2, host=host)
+    # Slurm gives its reason when it has looked at the queue.
+    wait_until(lambda: "Resources" in slurm.command("squeue", "-h", "-t", "PD", "-o", "%r"))
     shown = here.jobs("status", "waits").stdout
     assert "waits: submitted" in shown
     assert "waiting: as many nodes as it asks for are not free yet (Resources)" in shown
@@ -413,3 +416,36 @@ def test_lost_nodes_are_outlived_and_their_processes_fenced_off(
         assert record.attempts[1].nodes == [two, four]
         assert record.attempts[0].cause == f"lost its node {node}"
         assert [blame.node for blame in record.blames] == [node]
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_back_is_used_again_only_where_there_is_no_other(
+    checkout: Checkout, slurm_with_cables: SlurmCluster
+) -> None:
+    """Its slurmd kills what it still has of the job, and what is started there meanwhile."""
+    slurm = slurm_with_cables
+    login(checkout, slurm)
+    keys = ["--set", "processes_per_node=1", "--set", "grace_seconds=2", "--set", "max_failures=0"]
+    submit(checkout, *keys, "train_lam", "--num_steps", "9000", "--deaf", "1")
+    run = checkout.directory()
+    lost: list[str] = []
+    for attempt in (1, 2, 3):
+        at_step(checkout, 2, host=1, attempt=attempt)
+        nodes = jobs.events(run.root, "scheduled")[-1]["nodes"]
+        assert not set(lost) & set(nodes)
+        if attempt == 2:
+            slurm.bring_back(lost)
+        if attempt == 3:  # the only other one left is one that has only just come back
+            slurm.pull_cable(lost[0])
+            slurm.plug_cable(lost[1])
+        lost.append(nodes[1])
+        slurm.pull_cable(nodes[1])
+    wait_until(lambda: run.newest_attempt() > 3, 60)
+    # Longer than its slurmd waits from one kill to the next.
+    wait_until(lambda: (run.beat(run.newest_attempt(), 1) or {"step": 0})["step"] >= 400, 240)
+    assert checkout.jobs("cancel", "r").returncode == 0
+    attempts = checkout.end().attempts
+    assert {tuple(attempt.nodes) for attempt in attempts[3:]} == {(nodes[0], lost[1])}
+    assert {attempt.outcome for attempt in attempts} == {"preempted"}, "one counts as a failure"
+    killed = f"{lost[1]}, which it had lost, still ends what it ran of this job"
+    assert [attempt.cause for attempt in attempts[3:-1]] == [killed] * (len(attempts) - 4)
