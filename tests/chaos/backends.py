@@ -30,7 +30,7 @@ host="${{GCE_METADATA_IP:-${{SLURM_NODEID:-${{JAX_PROCESS_ID:-}}}}}}"
 if [ -r "{root}/chaos/clock-${{host%%:*}}" ]; then
     export CHAOS_CLOCK="$(cat "{root}/chaos/clock-${{host%%:*}}")" PYTHONPATH="{root}/clock:$PYTHONPATH"
 fi
-exec {python} "$@"
+exec "{python}" "$@"
 """
 # The clock that tells the date, as Python sees it. Clocks that only measure are right on every machine, and stay so.
 SITECUSTOMIZE = """\

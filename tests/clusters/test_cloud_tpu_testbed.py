@@ -445,7 +445,7 @@ def cloud_with_python(tmp_path: Path) -> Iterator[CloudTpu]:
     """A cloud whose VMs have this environment's Python as `python3`."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
-    (bin_dir / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (bin_dir / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (bin_dir / "python3").chmod(0o755)
     with running_cloud_tpu(tmp_path / "cloud", bin_dir=bin_dir) as cloud:
         yield cloud

@@ -306,7 +306,7 @@ def test_an_interpreter_of_the_vms_is_not_run_here(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Compiler, "_compile", remembering)
     other = tmp_path / "python"
-    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     other.chmod(0o755)
     for cluster in ("tpu-v5-16", "slurm-h100"):
         requests = requests_for(

@@ -135,7 +135,7 @@ def test_a_stopped_process_is_named_and_outlived(login: Login) -> None:
 def test_a_machine_without_its_devices_is_named_and_left_out(login: Login) -> None:
     python = login.home / "python"
     python.write_text(
-        f'#!/bin/sh\n[ "$SLURMD_NODENAME" != 127.0.0.12 ] || export JASMINE_LOCAL_DEVICES=2\nexec {sys.executable} "$@"\n'
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" != 127.0.0.12 ] || export JASMINE_LOCAL_DEVICES=2\nexec "{sys.executable}" "$@"\n'
     )
     python.chmod(0o755)
     run = login.submit("--set", f"python={json.dumps(str(python))}", "--", "--num_steps", "5")
@@ -166,7 +166,7 @@ def test_what_is_wrong_everywhere_is_no_machines_fault(login: Login) -> None:
 def test_one_that_does_not_come_is_named_and_not_the_one_that_waits_for_it(login: Login) -> None:
     """Jax ends the process that waits, by SIGABRT."""
     python = login.home / "python"
-    absent = f'[ "$SLURMD_NODENAME" = 127.0.0.12 ] && sleep 600;; esac\nexec {sys.executable} "$@"\n'
+    absent = f'[ "$SLURMD_NODENAME" = 127.0.0.12 ] && sleep 600;; esac\nexec "{sys.executable}" "$@"\n'
     python.write_text(f'#!/bin/sh\ncase "$1" in *train_*) {absent}')
     python.chmod(0o755)
     keys = [f"python={json.dumps(str(python))}", "processes_per_node=1", "init_timeout=10", "max_failures=0"]
@@ -215,7 +215,7 @@ def test_scripts_that_need_no_launcher_train_and_survive_preemption(login: Login
     home, slurm = login.home, login.slurm
     (home / "jasmine").symlink_to(REPO / "jasmine")
     (home / ".venv" / "bin").mkdir(parents=True)
-    (home / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (home / ".venv" / "bin" / "python").chmod(0o755)
     steps = ["--num_steps", "150", "--data_dir", str(login.data)]
     shape = ["--cluster", "slurm.yaml", "--set", "processes_per_node=1"]
