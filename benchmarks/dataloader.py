@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="checkout of the published code to compare with")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="worker processes to try as well")
     args = parser.parse_args()
-    repeats, seconds, num_episodes = (3, 1.0, 200) if args.quick else (7, 3.0, 600)
+    repeats, seconds, num_episodes = (2, 0.3, 60) if args.quick else (7, 3.0, 600)
     flags.FLAGS.mark_as_parsed()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -21,22 +21,32 @@ MOST_WORDS = 300
 # Where jax says in a log whom it misses: the last bytes, and the numbers of processes that follow, a line each.
 LOG_TAIL = 16 << 10
 _MISSED = re.compile(r"stopped sending heartbeats\):\n((?:\d{1,6}\n)+)")
+# A process that loses another one fails a moment after it, and its report may be there first.
+NEIGHBOUR_SECONDS = 0.2
 # Of how many attempts it is asked whether the job's processes have written beats.
 EARLIER_ATTEMPTS = 5
 
 
 def collect_exits(run: RunDir, attempt: Attempt, waiting: set[int]) -> bool:
     """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
-    found = []
-    reported = {path.name for path in run.attempt(attempt.number).glob("*.exit.json")}
-    for host in sorted(waiting):
-        if run.exit_file(attempt.number, host).name in reported:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                found.append(HostExit.model_validate_json(run.exit_file(attempt.number, host).read_text()))
+    found = _reported_exits(run, attempt, waiting)
+    if any(kind(one) == "failed" for one in found) and len(found) < len(waiting):
+        time.sleep(NEIGHBOUR_SECONDS)
+        found = _reported_exits(run, attempt, waiting)
     for one in sorted(found, key=lambda one: one.ended):
         waiting.discard(one.host)
         note_exit(run, attempt, one)
     return bool(found)
+
+
+def _reported_exits(run: RunDir, attempt: Attempt, hosts: set[int]) -> list[HostExit]:
+    found = []
+    reported = {path.name for path in run.attempt(attempt.number).glob("*.exit.json")}
+    for host in sorted(hosts):
+        if run.exit_file(attempt.number, host).name in reported:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found.append(HostExit.model_validate_json(run.exit_file(attempt.number, host).read_text()))
+    return found
 
 
 def note_exit(run: RunDir, attempt: Attempt, one: HostExit) -> None:

@@ -24,6 +24,8 @@ os.environ.update(QUICK_COMPILE)  # in time for XLA, which reads it when it is u
 
 pytest_plugins = ["tests.clusters.fixtures"]
 
+_APART = ("launch", "clusters", "chaos", "baselines")  # folders whose tests any worker runs
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -39,7 +41,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     a file's tests takes long and the fixtures do not."""
     if "family" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.xdist_group("family"))
-    elif item.path.relative_to(REPO / "tests").parts[0] not in ("launch", "clusters", "chaos", "baselines"):
+    elif item.path.name == "test_learning.py" or item.path.relative_to(REPO / "tests").parts[0] not in _APART:
         item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -1,6 +1,7 @@
 """What the launcher's tests do over and over: type commands in a checkout, and wait."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,12 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
+
+
+def as_on_a_terminal() -> None:
+    """Tests in the background, or under nohup, ignore these, and so would what they start."""
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def is_alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ from launch.plan import MASK
 from launch.record import Attempt, read_record, write_record
 from launch.run_dir import RunDir, append
 from launch.supervision import has_progressed
-from tests.launch.checkouts import Checkout, is_alive, wait_until
+from tests.launch.checkouts import Checkout, as_on_a_terminal, is_alive, wait_until
 
 
 def _events(checkout: Checkout, name: str = "r") -> list[str]:
@@ -303,8 +303,9 @@ def test_wait_shows_the_job_and_returns_its_exit_code(checkout: Checkout) -> Non
 def test_interrupting_wait_leaves_the_run_alone(checkout: Checkout) -> None:
     arguments = ["--cluster", "local", "--wait", "--name", "r", "train_lam", "--num_steps", "80"]
     waiting = subprocess.Popen(
-        checkout.argv("submit", *arguments), cwd=checkout.home, env=checkout.env, stderr=subprocess.PIPE, text=True
-    )
+        checkout.argv("submit", *arguments), cwd=checkout.home, env=checkout.env, stderr=subprocess.PIPE, text=True,
+        preexec_fn=as_on_a_terminal,
+    )  # fmt: skip
     checkout.at_step(2)
     waiting.send_signal(signal.SIGINT)
     _, stderr = waiting.communicate(timeout=10)

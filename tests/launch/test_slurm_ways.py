@@ -10,7 +10,7 @@ import pytest
 
 from launch.record import read_record
 from tests.clusters.slurm import SlurmCluster
-from tests.launch.checkouts import Checkout, wait_until
+from tests.launch.checkouts import Checkout, as_on_a_terminal, wait_until
 from tests.launch.slurm_login import at_step, job_id, steps, submit
 
 
@@ -193,12 +193,6 @@ def test_an_interactive_run_shows_its_output_and_returns_its_code(here: Checkout
     assert len(here.directory("inside").attempts()) == 1
 
 
-def _as_on_a_terminal() -> None:
-    """Tests in the background, or under nohup, ignore these, and so would what they start."""
-    for one in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(one, signal.SIG_DFL)
-
-
 def interactively(here: Checkout, *arguments: str) -> "subprocess.Popen[str]":
     command = here.argv("submit", "--cluster", "slurm.yaml", "--interactive", "--name", "r", *arguments, "train_lam")
     return subprocess.Popen(
@@ -207,7 +201,7 @@ def interactively(here: Checkout, *arguments: str) -> "subprocess.Popen[str]":
         env=here.env,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_as_on_a_terminal,
+        preexec_fn=as_on_a_terminal,
     )
 
 
