@@ -173,7 +173,7 @@ def main() -> None:
                 seconds["lost_by_death_of_rank_0"] = lost_by(login, "killed-0", repeats, to_process(signal.SIGKILL, 0))
             seconds["lost_by_hang"] = lost_by(login, "stopped", repeats, to_process(signal.SIGSTOP, 1))
         if not options.quick and networks_allowed():
-            # Five losses of nodes of their own, and of those of a cluster in which every lost node is needed again.
+            # A node that was not lost before is there for each loss; or every lost one is needed again.
             for name, nodes in (("lost_by_node_loss", 2 + repeats), ("lost_by_node_loss_no_spare", 3)):
                 seconds[name] = _lost_by_node_loss(Path(folder), name, repeats, nodes)
     print(json.dumps({name: round(statistics.median(values), 2) for name, values in seconds.items()}))

@@ -407,7 +407,7 @@ class _Supervisor:
         """Keep the job, which is in the queue again, away from nodes."""
         if not self.record.blames:
             return
-        excluded = ",".join([*nodes, *filter(None, [self.settings.exclude])])
+        excluded = self._with_given(nodes)
         changes = [f"ExcNodeList={excluded}"]  # none: all may be used again
         if self.pause:
             changes.append(f"StartTime=now+{self.pause}")
@@ -429,10 +429,13 @@ class _Supervisor:
         """Return whether Slurm could ever start the job on others of the nodes that are up now."""
         with contextlib.suppress(NoAnswerError):
             script = ask("scontrol", "write", "batch_script", self.job_id, "-")
-            excluded = ",".join([*nodes, *filter(None, [self.settings.exclude])])
-            ask("sbatch", "--test-only", "--dependency=", f"--exclude={excluded}", text=script)
+            ask("sbatch", "--test-only", "--dependency=", f"--exclude={self._with_given(nodes)}", text=script)
             return True
         return False
+
+    def _with_given(self, nodes: Sequence[str]) -> str:
+        """Return nodes to stay away from, with those of the settings, as Slurm takes them."""
+        return ",".join([*nodes, *filter(None, [self.settings.exclude])])
 
     def _blame(self, attempt: Attempt) -> None:
         """Note the node at which a failure began, if it is one that a machine can be guilty of: a program that ends itself

@@ -16,9 +16,9 @@ import yaml
 from launch import worker
 from launch.backends.local import restart_delay
 from launch.plan import MASK
-from launch.record import Attempt, read_record, write_record
+from launch.record import Attempt, HostExit, read_record, write_record
 from launch.run_dir import RunDir, append
-from launch.supervision import has_progressed
+from launch.supervision import collect_exits, has_progressed
 from tests.launch.checkouts import Checkout, as_on_a_terminal, is_alive, wait_until
 
 
@@ -461,3 +461,21 @@ def test_a_torn_event_spoils_no_other(checkout: Checkout) -> None:
     append(checkout.directory().root / "events.jsonl", '{"time": 17')
     assert checkout.end().state == "finished"
     assert _events(checkout)[-2:] == ["host_exited", "finished"]
+
+
+def test_of_two_that_fail_together_the_first_is_blamed_though_its_report_comes_last(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.begin_attempt(1)
+    attempt = Attempt(number=1, processes=2, devices_per_process=1, devices="CPU", code="x", nodes=[], started=0.0)
+
+    def report(host: int, ended: float) -> None:
+        one = HostExit(host=host, code=1, signal=None, forwarded=[], ended=ended)
+        run.exit_file(1, host).write_text(one.model_dump_json())
+
+    report(0, 2.001)
+    late = threading.Timer(0.05, report, (1, 2.0))
+    late.start()
+    waiting = {0, 1}
+    assert collect_exits(run, attempt, waiting)
+    late.join()
+    assert (attempt.first_failed, waiting) == (1, set())
