@@ -94,11 +94,14 @@ def main() -> int:
             shipper = Shipper(run.log(attempt, options.host))  # its thread must not be there when the job is forked
             look = _Look(run, attempt, options.host, job.pid, forwarded)
             code = _watch(job, look, options.parent_pid, options.grace_seconds, forwarded)
+    ended = (
+        time.time()
+    )  # what follows takes as long as storage likes, and of several that fail the first one is to blame
     (shipper or Shipper(run.log(attempt, options.host))).close()  # who sees how the job ended finds all that it said
     died_of = signal.Signals(-code).name if code < 0 else None
     code = 128 - code if code < 0 else code
     ending = {"host": options.host, "code": code, "signal": died_of, "forwarded": forwarded}
-    more = {"node": os.environ.get("SLURMD_NODENAME"), "started": started, "ended": time.time()}
+    more = {"node": os.environ.get("SLURMD_NODENAME"), "started": started, "ended": ended}
     write_atomically(run.exit_file(attempt, options.host), json.dumps(ending | more))
     # To srun any other code is a failure, for which it would end the tasks that are still saving.
     return 0 if code == EXIT_SAVED and options.saved_is_success else code

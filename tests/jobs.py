@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch.backends.local import free_port
 from launch.events import problem
 
 REPO = Path(__file__).resolve().parent.parent
@@ -69,12 +69,6 @@ FAMILY = {
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @dataclasses.dataclass
 class Job:
     """Processes of one job. `finish` waits for all and returns their exit codes."""
@@ -83,7 +77,7 @@ class Job:
     outputs: list[list[str]]
     readers: list[threading.Thread]
 
-    def finish(self, timeout: float = 240) -> list[int]:
+    def finish(self, timeout: float = 600) -> list[int]:
         deadline = time.monotonic() + timeout
         codes = []
         try:
@@ -138,7 +132,7 @@ def start(
     return job
 
 
-def run(args: Sequence[str], *, expect: int | None = 0, timeout: float = 240, **options) -> Job:
+def run(args: Sequence[str], *, expect: int | None = 0, timeout: float = 600, **options) -> Job:
     """Starts a job and waits; fails with its output unless every process ends with `expect`."""
     job = start(args, **options)
     codes = job.finish(timeout)

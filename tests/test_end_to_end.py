@@ -48,7 +48,7 @@ def test_sigterm_to_one_process_saves_all_and_the_launcher_goes_on(storage, tiny
     run_dir = storage / "signalled"
     begin = time.monotonic()
     submit(storage, "signalled", "train_tokenizer_vqvae", *TINY, "--num_steps", "300", "--data_dir", tiny_data)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     metrics = run_dir / "metrics.jsonl"
     jobs.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, what="five steps")
     os.kill(int((run_dir / "attempts" / "1" / "host-1.pid").read_text()), signal.SIGTERM)

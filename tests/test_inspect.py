@@ -80,8 +80,8 @@ def test_a_run_is_described(tiny_data, tmp_path, capsys):
     assert re.search(r"\n    codebook +128  0\.00  float32  16×8\n", text)
     counted = re.search(r"^parameters: .* total ([\d,]+)$", job.output(), re.MULTILINE)[1]  # by the job, as it began
     assert re.search(rf"\n  total +{counted} ", text)
-    assert re.search(r"started at step 0 on 1 process, 1 device; finished at step 20 after \d+s\n", text)
-    assert re.search(r"resumed at step 20 on 1 process, 1 device; finished at step 40 after \d+s\n", text)
+    assert re.search(r"started at step 0 on 1 process, 1 device; finished at step 20 after (\d+m)?\d+s\n", text)
+    assert re.search(r"resumed at step 20 on 1 process, 1 device; finished at step 40 after (\d+m)?\d+s\n", text)
 
     assert inspect.main([str(run), "--step", "20", "--html"]) == 0
     assert capsys.readouterr().out.startswith("train_tokenizer_vqvae, step 20 of 40\n")

@@ -316,7 +316,7 @@ def _let_others_leave() -> None:
     with contextlib.suppress(Exception):  # one that does not come is not waited for long
         client.wait_at_barrier("jasmine/leave", 1000 * LEAVE_SECONDS)
         if place()[0] == 0:
-            time.sleep(1)
+            time.sleep(2)
 
 
 def _enable_compilation_cache() -> None:

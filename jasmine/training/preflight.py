@@ -224,6 +224,8 @@ def _note_blame(run_dir: epath.Path, process: int | None, node: str | None, prob
     if first:
         at_fault = {} if process is None else {"blamed": process, "node": node}
         _log_failure(run_dir, **at_fault, reason=reason)
+    elif me == 0:
+        time.sleep(1)  # the other one has its event still to write
 
 
 def _log_failure(run_dir: epath.Path, **fields: Any) -> None:

@@ -229,7 +229,7 @@ def test_two_processes_share_what_either_fetches(gcs, expected):
 
 
 def test_who_waits_for_another_takes_over_when_that_is_killed(gcs, cache_folder, local):
-    gcs.slow_bodies(60_000, contains="shard-00003")
+    gcs.slow_bodies(20_000, contains="shard-00003")
     fetches = Fetches(gcs)
     first = python(STAGE, "3")
     wait_until(lambda: any(p.stat().st_size for p in files_in(cache_folder, ".part")))
@@ -305,19 +305,19 @@ def test_who_finds_no_room_waits_for_it_and_not_for_ever(gcs, cache_folder):
     files = staged_files(cache=small_cache(cache_folder, 1, patience=1.0))
     held = files.stage(0)
     with pytest.raises(
-        ClusterError, match=r"shard-00001.array_record cannot be read: nothing for 1 s \(all that is in"
+        ClusterError, match=r"shard-00001.array_record cannot be read: nothing for \d+ s \(all that is in"
     ):
         files.stage(1)
     threading.Timer(0.3, held.close).start()
-    files.stage(1).close()
+    staged_files(cache=small_cache(cache_folder, 1, patience=30.0)).stage(1).close()
 
 
 def test_a_lock_that_was_kept_is_given_back_to_those_who_need_room(gcs, cache_folder):
     roomy, tight = staged_files(), staged_files(cache=small_cache(cache_folder, 1, patience=10.0))
     assert roomy.fits
     file = roomy.stage(0)
-    file.release()
     began = time.monotonic()
+    file.release()
     tight.stage(1).close()
     assert time.monotonic() - began > 0.5
     assert not file.acquire()
@@ -451,7 +451,8 @@ def test_a_connection_that_crawls_is_given_up_for_another(gcs, cache_folder, loc
     fetches = Fetches(gcs)
     files = staged_files(cache=DataCache(str(cache_folder), 2**30, slow=0.5))
     assert contents(files.cache, files.items[4]) == (local / "train" / "shard-00004.array_record").read_bytes()
-    assert [status for _, status in fetches.all] == [200, 206]
+    first, *others = [status for _, status in fetches.all]
+    assert (first, set(others)) == (200, {206})
 
 
 def test_a_listing_that_fails_for_a_moment_is_asked_for_again(gcs):

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jasmine.baselines.maskgit import train_tokenizer_vqvae as baseline
-from jasmine.training import cli
+from jasmine.training import cli, heartbeat
 from jasmine.training.loop import train
 from jasmine.training.task import Batch, Keys, Metrics
+
+heartbeat.SECONDS = 0.05  # the last beat is looked at
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_clipping_bounds_the_update():
     _, free = train(dataclasses.replace(CONFIG, max_grad_norm=0.0), steps=1)
     state, clipped = train(dataclasses.replace(CONFIG, max_grad_norm=1e-3), steps=1)
     # Logged before clipping; by another program, which may add in another order.
-    np.testing.assert_allclose(clipped[0]["grad_norm"], free[0]["grad_norm"], rtol=1e-6)
+    np.testing.assert_allclose(clipped[0]["grad_norm"], free[0]["grad_norm"], rtol=1e-5)
     second_moment = state.opt_state[1][0].nu
     total = sum(float(leaf.sum()) for leaf in jax.tree.leaves(second_moment))
     assert total == pytest.approx(0.1 * 1e-6, rel=1e-3)

@@ -64,9 +64,9 @@ def test_a_blame_that_cannot_be_written_changes_nothing(tmp_path: Path, monkeypa
 
 def test_the_code_is_told_by_its_files_wherever_they_lie(tmp_path: Path):
     shutil.copytree(jobs.REPO / "jasmine", tmp_path / "jasmine", ignore=shutil.ignore_patterns("__pycache__"))
-    begin = time.perf_counter()
+    begin = time.process_time()
     mine = preflight._code()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert preflight._code(tmp_path / "jasmine") == mine
     (tmp_path / "jasmine" / "models" / "more.py").touch()
     assert preflight._code(tmp_path / "jasmine") != mine
@@ -100,9 +100,9 @@ def test_processes_that_are_well_pass(tmp_path: Path):
         ("wrong@1", 60, "got a wrong number from an all-reduce over all devices"),
         ("late@1", 3, "has joined the job but did not report within 3 s"),
         ("late@0", 3, "has joined the job but did not report within 3 s"),
-        ("absent@2", 6, "has not come to the all-reduce"),
-        ("absent@0", 6, "has not come to the all-reduce"),
-        ("stopped@1", 6, "is stopped, or cut off from the others"),
+        ("absent@2", 15, "has not come to the all-reduce"),
+        ("absent@0", 15, "has not come to the all-reduce"),
+        ("stopped@1", 15, "is stopped, or cut off from the others"),
     ],
 )
 def test_the_one_that_is_not_is_named(tmp_path: Path, fault: str, seconds: int, problem: str):
@@ -115,7 +115,10 @@ def test_the_one_that_is_not_is_named(tmp_path: Path, fault: str, seconds: int, 
     others = [process for index, process in enumerate(job.processes) if index != culprit]
     try:
         codes = [process.wait(60) for process in others]
-        wait_until((run / "events.jsonl").exists)  # process 0 writes it, which may be the culprit
+        told = run / "events.jsonl"
+        wait_until(
+            lambda: told.exists() and told.read_text().endswith("\n")
+        )  # the culprit may be the one who writes it
     finally:
         for process in job.processes:
             process.kill()

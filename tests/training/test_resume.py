@@ -49,7 +49,9 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tiny_data, tmp_path)
     jobs.run([*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(whole)], processes=2)
     args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(cut)]
     killed = jobs.start(args, script=jobs.FAULTY, env={"FAULT": "kill@25"}, processes=2)
-    assert killed.finish() == [-9, -9]
+    codes = killed.finish()
+    assert -9 in codes
+    assert 0 not in codes  # one may have lost the other before its own kill
     jobs.run(args, processes=2)
     assert jobs.metrics(cut, "loss") == jobs.metrics(whole, "loss")
 
