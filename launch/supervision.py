@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.logs import last_words
-from launch.objects import in_parallel
+from launch.objects import in_parallel, is_object
 from launch.options import baselines
 from launch.outcome import kind
 from launch.plan import Plan
@@ -21,8 +21,8 @@ MOST_WORDS = 300
 # Where jax says in a log whom it misses: the last bytes, and the numbers of processes that follow, a line each.
 LOG_TAIL = 16 << 10
 _MISSED = re.compile(r"stopped sending heartbeats\):\n((?:\d{1,6}\n)+)")
-# A process that loses another one fails a moment after it, and its report may be there first.
-NEIGHBOUR_SECONDS = 0.2
+# A process that loses another one fails a moment after it, and its report may be there first, as objects may by seconds.
+NEIGHBOUR_SECONDS, OBJECT_NEIGHBOUR_SECONDS = 0.2, 3.0
 # Of how many attempts it is asked whether the job's processes have written beats.
 EARLIER_ATTEMPTS = 5
 
@@ -31,12 +31,17 @@ def collect_exits(run: RunDir, attempt: Attempt, waiting: set[int]) -> bool:
     """Move hosts that have reported their end from `waiting` to the attempt; return whether there were any."""
     found = _reported_exits(run, attempt, waiting)
     if any(kind(one) == "failed" for one in found) and len(found) < len(waiting):
-        time.sleep(NEIGHBOUR_SECONDS)
+        wait_for_neighbours(run)
         found = _reported_exits(run, attempt, waiting)
     for one in sorted(found, key=lambda one: one.ended):
         waiting.discard(one.host)
         note_exit(run, attempt, one)
     return bool(found)
+
+
+def wait_for_neighbours(run: RunDir) -> None:
+    """Wait for the reports of those that failed just before the one that reported first."""
+    time.sleep(OBJECT_NEIGHBOUR_SECONDS if is_object(run.root) else NEIGHBOUR_SECONDS)
 
 
 def _reported_exits(run: RunDir, attempt: Attempt, hosts: set[int]) -> list[HostExit]:

@@ -43,7 +43,7 @@ from launch.run_dir import RunDir
 from launch.shipping import Shipper, log_here
 from launch.snapshot import fetch_code
 from launch.standing import Watch, read_standing
-from launch.supervision import NEIGHBOUR_SECONDS, find_hang, has_progressed, note_exit, watchdog_of
+from launch.supervision import find_hang, has_progressed, note_exit, wait_for_neighbours, watchdog_of
 from launch.watchdog import Hang
 from launch.worker import EXIT_SAVED, LEAVE_SIGNALS, end_group
 
@@ -308,7 +308,7 @@ class _Supervisor:
         """Move hosts that have ended from `workers` to the attempt, in the order of their ends; return if there were any."""
         ended = [host for host, worker in workers.items() if worker.poll() is not None]
         if ended and len(ended) < len(workers):
-            time.sleep(NEIGHBOUR_SECONDS)
+            wait_for_neighbours(self.run)
             ended = [host for host, worker in workers.items() if worker.poll() is not None]
         exits = [self._exit_of(attempt.number, host, workers.pop(host).returncode) for host in ended]
         for one in sorted(exits, key=lambda one: one.ended):

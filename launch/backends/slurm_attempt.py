@@ -64,7 +64,7 @@ STACKS_SECONDS = 4.0
 # and the one after it waits.
 AVOID_SECONDS = 600.0
 RETURNED_SECONDS = 3600.0
-KILLED_SOON_SECONDS = 30.0
+KILLED_SOON_SECONDS = 60.0
 PAUSE_SECONDS = 60
 # Slurm starts a job again in the moment in which it takes the lost node for down. If that is also the second of the requeue,
 # the nodes that are left take the new attempt for the old one ("job credential revoked"), and the job has failed for good.

@@ -116,7 +116,7 @@ class SlurmCluster:
         accounts: bool = False,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self._subnet = random.randrange(256) if own_networks else None
+        self._subnet = random.choice(_free_subnets()) if own_networks else None
         prefix = "127.0.0" if self._subnet is None else f"10.213.{self._subnet}"
         self.address = f"{prefix}.1"
         self.nodes = [f"{prefix}.{11 + index}" for index in range(nodes)]
@@ -246,7 +246,7 @@ class SlurmCluster:
             "mariadbd", "--no-defaults", f"--datadir={data}", f"--socket={socket_path}", "--skip-networking",
             f"--user={user}", f"--pid-file={self.root}/run/db.pid", "--innodb-buffer-pool-size=32M",
         )  # fmt: skip
-        self._wait(socket_path.exists, 30, "mariadbd has no socket")
+        self._wait(socket_path.exists, 90, "mariadbd has no socket")
         conf = self.root / "slurmdbd.conf"
         (port,) = _free_ports(1)
         conf.write_text(_ACCOUNTS_CONF.format(root=self.root, port=port, user=user))
@@ -264,7 +264,7 @@ class SlurmCluster:
             self.command("sacctmgr", "-i", "add", "cluster", cluster, check=False)
             return cluster in self.command("sacctmgr", "-n", "list", "cluster", check=False)
 
-        self._wait(known, 40, "slurmdbd does not know the cluster")
+        self._wait(known, 120, "slurmdbd does not know the cluster")
         self.command("sacctmgr", "-i", "add", "account", "lab")
         self.command("sacctmgr", "-i", "add", "qos", "hurry")
         self.command("sacctmgr", "-i", "add", "user", user, "account=lab", "qos=normal,hurry", "defaultqos=normal")
@@ -406,11 +406,16 @@ def _ip(*arguments: str, check: bool = True) -> None:
     assert not check or done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
 
 
+def _free_subnets() -> list[int]:
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    return [subnet for subnet in range(256) if f" jas{subnet}:" not in links]
+
+
 def _free_ports(count: int) -> Sequence[int]:
     """Return ports nothing listens on, below those that the kernel gives to outgoing connections."""
     ports: list[int] = []
     while len(ports) < count:
-        port = random.randrange(20000, 32000)
+        port = random.choice([port for port in range(20000, 32000) if port not in ports])
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             ports.append(port)

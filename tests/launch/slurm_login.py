@@ -49,7 +49,7 @@ def events(here: Checkout, name: str = "r") -> list[str]:
 
 def at_step(here: Checkout, step: int, *, attempt: int = 1, host: int = 0, name: str = "r") -> None:
     log = here.directory(name).log(attempt, host)
-    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 60)
+    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 180)
 
 
 def steps(here: Checkout, name: str = "r") -> list[int]:

@@ -25,7 +25,7 @@ def _waits(checkout: Checkout, name: str, what: str) -> None:
 
 @pytest.mark.slow
 def test_elements_of_a_sweep_take_turns_and_one_that_fails_stops_no_other(checkout: Checkout) -> None:
-    sweep = ["--sweep", "crash_at=0,-1", "--sweep", "num_steps=40,2"]
+    sweep = ["--sweep", "crash_at=0,-1", "--sweep", "num_steps=200,2"]
     told = checkout.submit(*sweep, "train_lam", "--crash_code", "2").stdout
     assert "r: 4 runs submitted on local" in told
     assert "  r.1  --crash_at=0 --num_steps 2\n" in told
@@ -104,7 +104,7 @@ def test_a_pipeline_is_submitted_at_once_and_its_stages_follow_one_another(check
     (checkout.home / "p.yaml").write_text(
         "name: p\n"
         "stages:\n"
-        "  first: {job: train_lam, args: --num_steps 40}\n"
+        "  first: {job: train_lam, args: --num_steps 200}\n"
         "  second: {job: see.py, args: [--made_by, '{first}']}\n"
         "  third: {job: train_lam, args: --num_steps 1, after: [second]}\n"
     )

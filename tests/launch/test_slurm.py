@@ -110,20 +110,20 @@ def test_a_refusal_of_sbatch_is_one_line_and_leaves_nothing(here: Checkout) -> N
 
 @pytest.mark.slow
 def test_a_higher_partition_preempts_and_the_run_goes_on(here: Checkout, slurm: SlurmCluster, tmp_path: Path) -> None:
-    submit(here, "--set", "nodes=4", "--set", "processes_per_node=1", "train_lam", "--num_steps", "150")
+    submit(here, "--set", "nodes=4", "--set", "processes_per_node=1", "train_lam", "--num_steps", "300")
     for host in range(4):
         at_step(here, 1, host=host)
     blocker = slurm.command(
         "sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"
     ).strip()
-    record = here.end(seconds=90)
+    record = here.end(seconds=120)
     assert slurm.job_state(blocker) == "COMPLETED"
     assert record.state == "finished", here.directory().supervisor_log.read_text()
     assert [attempt.outcome for attempt in record.attempts] == ["preempted", "finished"]
     assert record.attempts[0].cause == "preempted by Slurm"
     # Slurm signals every process of a step, and the worker passes it on: the second one may find the job at its exit.
     assert {one.code for one in record.attempts[0].exits} <= {75, 143}
-    assert steps(here) == list(range(1, 151))
+    assert steps(here) == list(range(1, 301))
 
 
 @pytest.mark.slow
@@ -182,10 +182,12 @@ def test_scontrol_requeue_is_not_an_end_and_scancel_is(here: Checkout, slurm: Sl
     for host in range(4):
         at_step(here, 1, host=host)
     slurm.command("scontrol", "requeue", job_id(here))
-    at_step(here, 40, attempt=2)
+    wait_until(lambda: here.directory().attempts() == [1, 2], 60)
+    before = steps(here)[-1]
+    at_step(here, before + 20, attempt=2)
     first = read_record(here.directory()).attempts[0]  # type: ignore[union-attr]
     assert first.outcome == "preempted"
-    assert steps(here)[:20] == list(range(1, 21))
+    assert steps(here)[: before + 20] == list(range(1, before + 21))
     slurm.command("scancel", job_id(here))
     record = here.end()
     assert (record.state, len(record.attempts)) == ("cancelled", 2)
@@ -277,7 +279,8 @@ def test_killed_daemons_of_nodes_cost_nothing_and_a_node_that_stays_down_one_res
     here: Checkout, slurm: SlurmCluster
 ) -> None:
     submit(here, "--set", "processes_per_node=1", "train_lam", "--num_steps", "9000")
-    at_step(here, 2, host=1)
+    for host in range(2):
+        at_step(here, 2, host=host)
     first, second = slurm.nodes[:2]
     zombie = here.job_pid(host=1)
     try:
@@ -285,10 +288,11 @@ def test_killed_daemons_of_nodes_cost_nothing_and_a_node_that_stays_down_one_res
             slurm.kill_node(node)
         at_step(here, steps(here)[-1] + 5)
         slurm.start_node(first)
+        wait_until(lambda: "*" not in slurm.command("sinfo", "-h", "-n", first, "-o", "%t"))  # it answers
         assert here.directory().attempts() == [1]
         assert "r: running" in here.jobs("status", "r").stdout
         slurm.command("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
-        wait_until(lambda: here.directory().attempts() == [1, 2], 60)
+        wait_until(lambda: here.directory().attempts() == [1, 2], 180)
         wait_until(lambda: not is_alive(zombie), 5)  # nobody on its node could end it
         at_step(here, steps(here)[-1] + 2, attempt=2)
         assert here.jobs("cancel", "r").returncode == 0
@@ -348,8 +352,10 @@ def test_a_scheduler_that_is_away_loses_nothing(here: Checkout, slurm: SlurmClus
             assert words in done[command].stdout + done[command].stderr
         assert "Slurm does not answer" in done["jobs", "status", "r"].stdout
         begin = time.monotonic()
+        assert here.jobs("--help").returncode == 0
+        start = time.monotonic() - begin
         assert here.jobs("list").stderr.count("Slurm does not answer") == 1
-        assert time.monotonic() - begin < 9, "it waited for more than one answer"
+        assert time.monotonic() - begin < 9 + 2 * start, "it waited for more than one answer"
         assert here.directory("waits").record.read_bytes() == before
         at_step(here, steps(here)[-1] + 2)
     finally:
@@ -440,7 +446,7 @@ def test_a_node_that_comes_back_is_used_again_only_where_there_is_no_other(
             slurm.plug_cable(lost[1])
         lost.append(nodes[1])
         slurm.pull_cable(nodes[1])
-    wait_until(lambda: run.newest_attempt() > 3, 60)
+    wait_until(lambda: run.newest_attempt() > 3, 180)
     # Longer than its slurmd waits from one kill to the next.
     wait_until(lambda: (run.beat(run.newest_attempt(), 1) or {"step": 0})["step"] >= 400, 240)
     assert checkout.jobs("cancel", "r").returncode == 0

@@ -31,7 +31,7 @@ def test_a_sweep_is_one_array_whose_elements_are_runs(here: Checkout, slurm: Slu
 @pytest.mark.slow
 def test_an_element_of_a_sweep_goes_on_without_the_others(here: Checkout, slurm: SlurmCluster) -> None:
     """The last one to start has the job id of the whole array."""
-    submit(here, "--set", "nodes=1", "--sweep", "num_steps=3,60", "train_lam")
+    submit(here, "--set", "nodes=1", "--sweep", "num_steps=3,300", "train_lam")
     assert here.end("r.0").state == "finished"
     at_step(here, 2, name="r.1")
     os.kill(here.job_pid(host=1, name="r.1"), signal.SIGKILL)
