@@ -14,7 +14,7 @@ from launch.outcome import kind
 from launch.plan import Plan
 from launch.record import Attempt, HostExit
 from launch.run_dir import RunDir, last_json_lines, read_tail
-from launch.watchdog import Hang, Watchdog
+from launch.watchdog import UNWATCHED_SECONDS, Hang, Watchdog
 
 # Of what a process said last, in an event.
 MOST_WORDS = 300
@@ -127,4 +127,8 @@ def find_hang(run: RunDir, attempt: Attempt, hosts: Sequence[int], watchdog: Wat
     found = in_parallel(lambda host: run.beat(attempt.number, host), hosts, of=run.root)
     known = {host: beat for host, beat in zip(hosts, found, strict=True) if beat is not None}
     times = [line.get("step_time") for line in last_json_lines(run.metrics, 20)]
-    return watchdog.look(known, time.monotonic(), [one for one in times if isinstance(one, float)], hosts)
+    now = time.monotonic()
+    if now - watchdog.looked_at > UNWATCHED_SECONDS + len(hosts) / 8:  # storage was away, for the processes as well
+        watchdog.begin_anew()
+    watchdog.looked_at = now
+    return watchdog.look(known, now, [one for one in times if isinstance(one, float)], hosts)

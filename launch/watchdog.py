@@ -2,12 +2,13 @@
 
 jax's heartbeats see a process that is gone. One that is alive but stuck holds up all the others in a collective, and no
 error comes. Nothing but steps counts as progress while a job is stepping; what takes long by nature (joining, compiling,
-fetching data, saving, evaluating) has ten times as long. Times are the caller's: nothing here sleeps or reads a clock, and
-the clocks of two machines are not compared: a process is silent when what it writes stays the same.
+fetching data, saving, evaluating) has ten times as long. The clocks of two machines are not compared: a process is silent
+when what it writes stays the same.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ STEPS = 10
 SILENT_SECONDS = 10.0
 # By then a process that was stopped in the midst of the last step is known to be silent.
 TELLING_SECONDS = 15.0
+# Who has not been able to look for so long does not know what others did meanwhile, and may be the first to see a bucket that
+# was away for all of them.
+UNWATCHED_SECONDS = 30.0
 _UNHEARD = {"step": 0, "doing": "starting"}
 
 
@@ -28,8 +32,30 @@ class Hang:
     reason: str
 
 
+class Silence:
+    """For how long a sign of life has stayed the same, as far as one was there to see it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sign: object = None
+        self._since = self._looked_at = clock()
+
+    def seconds(self, sign: object, pause: float = 0.0) -> float:
+        """Return for how many seconds the sign has been what it is now.
+
+        Args:
+            sign: what is seen now, None as long as there is nothing.
+            pause: seconds that two looks may lie apart by nature.
+        """
+        now = self._clock()
+        if sign != self._sign or now - self._looked_at > UNWATCHED_SECONDS + pause:
+            self._sign, self._since = sign, now
+        self._looked_at = now
+        return now - self._since
+
+
 class Watchdog:
-    """Compares the beats of one attempt's processes with those it saw before."""
+    """Compares the beats of one attempt's processes with those it saw before. Times are the caller's: it reads no clock."""
 
     def __init__(self, timeout: float | Literal["auto"], *, tells: bool = False) -> None:
         """
@@ -39,6 +65,11 @@ class Watchdog:
                 programs are left alone until they do.
         """
         self._chosen, self._tells = timeout, tells
+        self.looked_at = 0.0  # the caller's to set
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget all beats seen so far."""
         self._seen: dict[int, tuple[int, str]] = {}
         self._moved_at: float | None = None
         self._beats: dict[int, tuple[Mapping[str, Any], float]] = {}  # the last one of each, and when it was first seen

@@ -35,7 +35,8 @@ give_up() {
     if [ -n "$log_url" ]; then
         storage "$log_url$(hostname).log" --request POST --header "Content-Type: text/plain" --data-binary "@$vm_dir/startup.log"
     else
-        mkdir -p "$run_dir/cloud_tpu/$resource" && cp "$vm_dir/startup.log" "$run_dir/cloud_tpu/$resource/startup-$(hostname).log"
+        local to="$run_dir/cloud_tpu/$resource" partial=".startup-$(hostname).$$.partial"
+        mkdir -p "$to" && cp "$vm_dir/startup.log" "$to/$partial" && mv "$to/$partial" "$to/startup-$(hostname).log"
     fi
     until authorized "$give_back_url" --request DELETE; do sleep 30; done
     exit 1

@@ -27,9 +27,10 @@ if __name__ == "__main__":
     # As a script, Python puts this file's directory first; what it imports starts two levels up.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from launch.backends.cloud_tpu_vm import BEAT_SECONDS, OBJECT_BEAT_SECONDS
 from launch.backends.local import FAILURE_GRACE_SECONDS
 from launch.config import CloudTpuCluster
-from launch.objects import be_patient, in_parallel
+from launch.objects import be_patient, in_parallel, is_object
 from launch.outcome import Ask, kind, outcome
 from launch.outcome import ending as ending_after
 from launch.plan import Plan
@@ -37,7 +38,7 @@ from launch.record import ACTIVE, Attempt, HostExit, RunRecord, State, Superviso
 from launch.run_dir import RunDir, read_json, write_atomically
 from launch.shipping import Shipper
 from launch.supervision import collect_exits, find_hang, has_progressed, note_exit, watchdog_of
-from launch.watchdog import Hang
+from launch.watchdog import Hang, Silence
 from launch.worker import EXIT_SAVED, die_with_parent
 
 POLL_SECONDS = 0.5
@@ -87,31 +88,32 @@ class _Vms:
 
     def __init__(self, run: RunDir, resource: str, count: int, silent_seconds: float) -> None:
         self.run, self.resource, self.count, self.silent_seconds = run, resource, count, silent_seconds
-        self._changed: dict[int, tuple[dict[str, Any], float]] = {}
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._silences = [Silence() for _ in range(count)]
 
     def living(self) -> dict[int, str]:
         """Return the start of each VM that lives, if only to save what it can before it goes down."""
-        now = time.monotonic()
         paths = [self.run.tpu_vm(self.resource, vm) for vm in range(self.count)]
-        for vm, beat in enumerate(in_parallel(read_json, paths, of=self.run.root)):
-            if beat is not None and (vm not in self._changed or self._changed[vm][0] != beat):
-                self._changed[vm] = (beat, now)
-        fresh = {vm: beat for vm, (beat, since) in self._changed.items() if now - since < self.silent_seconds}
-        return {vm: str(beat["start"]) for vm, beat in fresh.items()}
+        found = enumerate(in_parallel(read_json, paths, of=self.run.root))
+        self._beats |= {vm: beat for vm, beat in found if beat is not None}
+        pause = 1.5 * MOST_RESTART_SECONDS
+        silent = {vm: self._silences[vm].seconds(beat, pause) for vm, beat in self._beats.items()}
+        return {vm: str(beat["start"]) for vm, beat in self._beats.items() if silent[vm] < self.silent_seconds}
 
     def usable(self) -> dict[int, str]:
         """Return the start of each VM that lives and is not going down."""
-        return {vm: start for vm, start in self.living().items() if not self._changed[vm][0]["going_down"]}
+        return {vm: start for vm, start in self.living().items() if not self._beats[vm]["going_down"]}
 
     def names(self) -> list[str]:
         """Return the hosts' own names, in order."""
-        return [str(self._changed[vm][0]["host"]) if vm in self._changed else "?" for vm in range(self.count)]
+        return [str(self._beats[vm]["host"]) if vm in self._beats else "?" for vm in range(self.count)]
 
 
 class _Supervisor:
     def __init__(self, run: RunDir, record: RunRecord, plan: Plan, settings: CloudTpuCluster, resource: str) -> None:
         self.run, self.record, self.plan, self.settings, self.resource = run, record, plan, settings, resource
-        self.vms = _Vms(run, resource, len(plan.hosts), settings.silent_timeout)
+        beat_seconds = OBJECT_BEAT_SECONDS if is_object(run.root) else BEAT_SECONDS
+        self.vms = _Vms(run, resource, len(plan.hosts), max(settings.silent_timeout, 3 * beat_seconds))
         self.hosts = [host.index for host in plan.hosts]
         self.asked: Ask | None = None
         self.number: int | None = None

@@ -39,6 +39,7 @@ from launch.plan import Plan
 from launch.record import read_record
 from launch.run_dir import RunDir, read_json, write_atomically
 from launch.shipping import log_here
+from launch.watchdog import Silence
 from launch.worker import LEAVE_SIGNALS
 
 POLL_SECONDS, BEAT_SECONDS = 0.5, 2.0
@@ -92,7 +93,7 @@ class _Agent:
         self._beat_at = self._give_back_at = 0.0
         self._supervisor_at = -SUPERVISOR_SECONDS  # when the last one was started
         self._supervised_at = time.monotonic()
-        self._first_seen: tuple[str | None, float] = (None, time.monotonic())
+        self._vm0 = Silence()
 
     def serve(self) -> int:
         run_file = self.run.tpu_vm(self.resource, self.index)
@@ -214,15 +215,12 @@ class _Agent:
     def _give_back_if_orphaned(self) -> None:
         beat = self.run.tpu_vm(self.resource, 0)
         seen = beat.read_text() if beat.exists() else None
-        now = time.monotonic()
-        if seen != self._first_seen[0]:
-            self._first_seen = (seen, now)
         patience = (ORPHAN_FACTOR + self.index) * self.settings.silent_timeout  # not all of them at once
         if seen is None:  # it has yet to boot
             patience += self.settings.boot_timeout
-        if now - self._first_seen[1] > patience:
+        if self._vm0.seconds(seen) > patience:
             print(f"VM 0 has been silent for {patience} s: giving the TPU back", flush=True)
-            self._first_seen = (seen, now)
+            self._vm0 = Silence()
             self._give_back()
 
     def _give_back(self) -> None:

@@ -50,6 +50,7 @@ from launch.record import ACTIVE, RunRecord, State, read_record, write_record
 from launch.run_dir import RunDir, read_json
 from launch.shipping import Shipper
 from launch.standing import read_standing
+from launch.watchdog import Silence
 from launch.worker import EXIT_SAVED
 
 # How often a state is asked for; tests and the impatient may set it.
@@ -127,7 +128,7 @@ class _Watcher:
         self.run, self.claim, self.clock, self.draw = run, claim, clock, draw
         self.period = float(os.environ.get(WATCH_VARIABLE, WATCH_SECONDS))
         self.in_a_row = 0
-        self._vm0: tuple[str, str | None, float] = ("", None, clock())
+        self._vm0 = Silence(clock)
         self._active_since: tuple[str, float] = ("", clock())
         self._asked_to_end_at: float | None = None
         self._rent_at: float | None = None  # once the resource before is gone
@@ -164,7 +165,7 @@ class _Watcher:
         """Look once, and do what follows; return whether there is nothing left to watch."""
         record = read_record(self.run)
         if record is None or not record.submissions:
-            return True
+            return not self.run.tpu_resource.exists()  # a record that is not there just now ends nobody's rent
         plan = record.submissions[-1].plan
         if plan.settings["backend"] != "cloud_tpu":
             return True  # resumed elsewhere
@@ -277,18 +278,16 @@ class _Watcher:
 
     def _silence(self, settings: CloudTpuCluster, noted: Rented) -> str | None:
         """Return what is wrong when VM 0, which supervises, has not come up, or lives no more."""
-        now = self.clock()
         beat = self.run.tpu_vm(noted.id, 0)
         text = beat.read_text() if beat.exists() else None
-        if self._vm0[:2] != (noted.id, text):
-            self._vm0 = (noted.id, text, now)
+        now, silent = self.clock(), self._vm0.seconds((noted.id, text), 3 * self.period)
         if self._active_since[0] != noted.id:
             self._active_since = (noted.id, now)
         if text is None:
             late = now - self._active_since[1] > settings.boot_timeout
             return f"VM 0 of its TPU did not come up within {settings.boot_timeout} s" if late else None
-        silent = now - self._vm0[2] > max(settings.silent_timeout, 3 * self.period)
-        return f"VM 0 of its TPU has been silent for {settings.silent_timeout} s" if silent else None
+        lost = silent > max(settings.silent_timeout, 3 * self.period)
+        return f"VM 0 of its TPU has been silent for {settings.silent_timeout} s" if lost else None
 
     def _replace(
         self,

@@ -111,7 +111,7 @@ class Backend:
         """A command of the launcher: `jobs status …`."""
         return [sys.executable, str(REPO / "launch" / f"{words[0]}.py"), *words[1:]]
 
-    def command(self, *words: str, seconds: float = 240) -> "subprocess.CompletedProcess[str]":
+    def command(self, *words: str, seconds: float = 900) -> "subprocess.CompletedProcess[str]":
         """Run it, whatever its exit code."""
         return subprocess.run(
             self.argv(*words), cwd=self.root / "home", env=self.env, capture_output=True, text=True, timeout=seconds

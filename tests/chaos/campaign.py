@@ -22,7 +22,7 @@ from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.processes import Process, processes_of
 
 # How long a fault may keep training from going on.
-RECOVERY_SECONDS = 240.0
+RECOVERY_SECONDS = 600.0
 # How much further it has to be before a fault counts as one that training did not notice.
 UNDISTURBED_STEPS, UNDISTURBED_SECONDS = 3, 3.0
 
@@ -95,7 +95,7 @@ class Campaign:
         found = sorted(processes_of(str(self.run.root)), key=lambda process: process.pid)
         return [process for process in found if not roles or process.role in roles]
 
-    def wait_for_processes(self, *roles: str, seconds: float = 90) -> list[Process]:
+    def wait_for_processes(self, *roles: str, seconds: float = 300) -> list[Process]:
         """The same, once there is one. What the fault before may have ended meanwhile is resumed."""
         deadline = time.monotonic() + seconds
         while not (found := self.processes(*roles)):
@@ -165,7 +165,7 @@ class Campaign:
         """Submit the job, disturb it `count` times, or for so long, and let it finish."""
         deadline = time.monotonic() + seconds
         self.command(*self.backend.submission(self.topology))
-        self.until(lambda: self.newest()[1] >= 5, 180, "the first steps")
+        self.until(lambda: self.newest()[1] >= 5, 600, "the first steps")
         recovering = False
         for number in range(1, count + 1):
             fault = self._draw()

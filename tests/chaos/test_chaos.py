@@ -40,6 +40,7 @@ def test_every_kind_of_fault_strikes_somewhere() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2500)
 @pytest.mark.parametrize("campaign", CAMPAIGNS)
 def test_a_disturbed_run_is_the_undisturbed_one(campaign: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if campaign == "slurm":
@@ -50,6 +51,6 @@ def test_a_disturbed_run_is_the_undisturbed_one(campaign: str, tmp_path: Path, r
     command += ["--faults", str(len(names)), "--only", ",".join(names), "--step_seconds", "0.1"]
     done = subprocess.run(
         [*command, "--folder", str(tmp_path / "campaign")],
-        cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=800,
+        cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=2400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

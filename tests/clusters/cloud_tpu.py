@@ -57,12 +57,12 @@ class CloudTpu:
         states = [state for full, state in self.resources().items() if name in (full, full.rpartition("/")[2])]
         return states[-1] if states else None
 
-    def wait(self, name: str, *states: str | None, seconds: float = 30) -> None:
+    def wait(self, name: str, *states: str | None, seconds: float = 120) -> None:
         """Wait until a resource is in one of `states`; None means that it is gone."""
         what = f"{name} to be {' or '.join(map(str, states))}"
         self.wait_until(lambda: self.state(name) in states, what, seconds)
 
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Wait until `condition` holds; the complaint shows what all VMs printed."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -445,6 +445,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer, headers first, waits 40 ms for the client to acknowledge them
     server: _Server
 
     def _handle(self) -> None:

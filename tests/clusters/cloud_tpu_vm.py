@@ -155,6 +155,7 @@ class _MetadataHandler(BaseHTTPRequestHandler):
     """What Compute Engine's metadata server answers, as far as google-auth, JAX and curl ask."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _MetadataServer
 
     def do_GET(self) -> None:

@@ -270,6 +270,7 @@ class Answer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer, headers first, waits 40 ms for the client to acknowledge them
     server: Server
     body: Path
     size: int

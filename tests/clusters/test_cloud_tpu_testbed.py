@@ -111,11 +111,10 @@ def test_vms_inherit_nothing_and_leave_nothing(cloud_tpu: CloudTpu, tmp_path: Pa
     monkeypatch.setenv("TESTERS_SECRET", "1")
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
-    (bin_dir / "gcloud").write_text("#!/bin/sh\necho stand-in > stood-in\n")
+    (bin_dir / "gcloud").write_text("#!/bin/sh\necho stand-in > part; mv part stood-in\n")
     (bin_dir / "gcloud").chmod(0o755)
-    strays = (
-        "setsid sleep 600 & (env -i /usr/bin/setsid /bin/sleep 600 &) ; trap '' TERM; env > environment; gcloud; wait"
-    )
+    strays = "setsid sleep 600 & (env -i /usr/bin/setsid /bin/sleep 600 &) ; trap '' TERM; "
+    strays += "env > part; mv part environment; gcloud; wait"
     with running_cloud_tpu(tmp_path / "own", bin_dir=bin_dir, vm_env={"MINE": "a b"}, grace=0.2) as cloud:
         start(cloud, "run-1", strays)
         (environment,) = texts(cloud, "run-1", "environment")
@@ -217,6 +216,7 @@ def test_names_are_taken_once_and_deletion_needs_force(cloud_tpu: CloudTpu) -> N
     assert cloud_tpu.state("run-1") == "ACTIVE"
     with pytest.raises(exceptions.NotFound):
         delete(cloud_tpu, "run-2")
+    cloud_tpu.hold("DELETING")
     delete(cloud_tpu, "run-1", force=True)
     with pytest.raises(exceptions.BadRequest, match="DELETING"):
         delete(cloud_tpu, "run-1", force=True)
@@ -245,6 +245,7 @@ def test_lists_have_pages_and_zones(cloud_tpu: CloudTpu) -> None:
     assert listed(elsewhere) == ["a"]
     assert listed("projects/lab/locations/-") == ["a", "b", "c", "a"]
     assert listed("projects/other/locations/-") == []
+    cloud_tpu.wait("b", "WAITING_FOR_RESOURCES")
     delete(cloud_tpu, "b").result(timeout=30)  # those that wait need no force
     assert listed(PARENT) == ["a", "c"]
 
@@ -329,7 +330,7 @@ def test_preemption_asks_first_and_then_kills(cloud_tpu: CloudTpu) -> None:
     texts(cloud_tpu, "run-1", "ready")
     texts(cloud_tpu, "run-1", "stubborn")
     (vm,), processes = cloud_tpu.vms("run-1"), cloud_tpu.processes("run-1")
-    cloud_tpu.preempt("run-1")
+    cloud_tpu.preempt("run-1", grace=6)
     with pytest.raises(exceptions.BadRequest, match="SUSPENDING"):
         delete(cloud_tpu, "run-1", force=True)
     cloud_tpu.wait_until((vm.disk / "asked").exists, "SIGTERM in the VM")

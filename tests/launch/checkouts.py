@@ -15,7 +15,7 @@ from launch.run_dir import RunDir
 from launch.standing import Watch, read_standing
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Return once `condition()` is true; fail the test after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -75,7 +75,7 @@ class Checkout:
         """The run's directory."""
         return RunDir(place(self.env.get("JASMINE_STORAGE", str(self.home / "runs"))) / name)
 
-    def end(self, name: str = "r", seconds: float = 40) -> RunRecord:
+    def end(self, name: str = "r", seconds: float = 180) -> RunRecord:
         """Wait until nothing of the run lives; return its record."""
         run = self.directory(name)
         lives = Watch(run, seconds=0.2)

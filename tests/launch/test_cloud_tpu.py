@@ -45,7 +45,7 @@ def here(checkout: Checkout, cloud_tpu: CloudTpu, monkeypatch: pytest.MonkeyPatc
     for directory in (checkout.home / "runs").glob("*"):
         run = checkout.directory(directory.name)
         run.cancel_request.touch()
-        wait_until(lambda run=run: watched_by(run) is None, 60)  # type: ignore[misc]
+        wait_until(lambda run=run: watched_by(run) is None, 180)  # type: ignore[misc]
 
 
 def submit(here: Checkout, *arguments: str, name: str = "r") -> str:
@@ -83,13 +83,13 @@ def events(here: Checkout) -> list[str]:
 
 def at_step(here: Checkout, step: int, *, attempt: int = 1, host: int = 0, name: str = "r") -> None:
     log = here.directory(name).log(attempt, host)
-    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 60)
+    wait_until(lambda: log.exists() and f"step {step}\n" in log.read_text(), 180)
 
 
 def steps_in(here: Checkout, attempt: int, host: int = 0) -> None:
     """Wait until a process has finished a step in an attempt, whatever its number."""
     log = here.directory().log(attempt, host)
-    wait_until(lambda: log.exists() and "\nstep " in log.read_text(), 60)
+    wait_until(lambda: log.exists() and "\nstep " in log.read_text(), 180)
 
 
 def steps(here: Checkout, name: str = "r") -> list[int]:
@@ -175,10 +175,11 @@ def test_two_slices_are_one_job(here: Checkout, cloud_tpu: CloudTpu) -> None:
 def test_preempted_twice_it_goes_on_on_another_tpu_each_time(here: Checkout, cloud_tpu: CloudTpu) -> None:
     submit(here, "train_tokenizer_vqvae", "--num_steps", "120")
     for attempt in (1, 2):
-        at_step(here, 5 if attempt == 1 else steps(here)[-1] + 5, attempt=attempt, host=2)
-        cloud_tpu.preempt(resource(here))
-        wait_until(lambda attempt=attempt: here.directory().go_file(attempt + 1).exists(), 60)  # type: ignore[misc]
-    record = here.end(seconds=90)
+        log = here.directory().log(attempt, 2)
+        wait_until(lambda log=log: log.exists() and log.read_text().count("\nstep ") >= 5, 180)  # type: ignore[misc]
+        cloud_tpu.preempt(resource(here), grace=6)
+        wait_until(lambda attempt=attempt: here.directory().go_file(attempt + 1).exists(), 180)  # type: ignore[misc]
+    record = here.end(seconds=180)
     assert record.state == "finished", (here.directory().root / "watcher.log").read_text()
     assert [one.outcome for one in record.attempts] == ["preempted", "preempted", "finished"]
     assert steps(here) == list(range(1, 121))  # saved when it was warned, and went on from there
@@ -195,7 +196,7 @@ def test_a_worker_that_dies_is_started_again_on_the_same_tpu(here: Checkout, clo
     submit(
         here, "train_tokenizer_vqvae", "--num_steps", "40", "--crash_at", "10", "--crash_host", "2", "--crash_code", "9"
     )
-    record = here.end(seconds=60)
+    record = here.end(seconds=180)
     assert record.state == "finished"
     first, second = record.attempts
     assert (first.outcome, first.first_failed, second.outcome) == ("failed", 2, "finished")
@@ -208,7 +209,7 @@ def test_a_job_that_keeps_failing_ends_and_gives_the_tpu_back(here: Checkout, cl
         "--set", "max_failures=1", "train_tokenizer_vqvae", "--num_steps", "40", "--crash_at", "3", "--crash_host", "1",
         "--crash_attempts", "9", cluster="tpu.yaml",
     )  # fmt: skip
-    record = here.end(seconds=60)
+    record = here.end(seconds=180)
     assert (record.state, record.exit_code) == ("failed", 1)
     assert "max_failures: 1" in (record.reason or "")
     explained = here.jobs("explain", "r").stdout
@@ -234,7 +235,11 @@ def test_a_vm_that_is_rebooted_joins_again(here: Checkout, cloud_tpu: CloudTpu) 
     record = read_record(here.directory())
     assert record is not None
     assert [one.outcome for one in record.attempts] == ["preempted"] * 4
-    causes = ["VM 3 (vm) was rebooted or is gone", "VM 0 was rebooted", "its supervisor was killed"]
+    causes = [
+        f"VM 3 ({socket.gethostname()}) was rebooted or is gone",
+        "VM 0 was rebooted",
+        "its supervisor was killed",
+    ]
     assert [one.cause for one in record.attempts[:3]] == causes
     assert creations(cloud_tpu) == [resource(here)]
     lost = ["failed", "vm_lost", "preempted", "restarted", "attempt_started"]
@@ -247,11 +252,11 @@ def test_a_vm_that_is_rebooted_joins_again(here: Checkout, cloud_tpu: CloudTpu) 
 
 @pytest.mark.slow
 def test_a_vm_that_is_gone_for_good_costs_a_new_tpu(here: Checkout, cloud_tpu: CloudTpu) -> None:
-    here.submit("--set", "boot_timeout=4", "train_tokenizer_vqvae", "--num_steps", "100", cluster="tpu.yaml")
+    here.submit("--set", "boot_timeout=15", "train_tokenizer_vqvae", "--num_steps", "100", cluster="tpu.yaml")
     at_step(here, 5, host=1)
     first = resource(here)
     cloud_tpu.kill_vm(first, 1)
-    record = here.end(seconds=120)
+    record = here.end(seconds=240)
     assert record.state == "finished"
     assert resource(here) != first
     assert cloud_tpu.state(first) is None
@@ -269,7 +274,7 @@ def test_what_cannot_be_provided_is_tried_elsewhere_or_told(here: Checkout, clou
     here.submit(
         "--set", "zone=[us-west4-a, us-central1-a]", "train_tokenizer_vqvae", "--num_steps", "3", cluster="tpu.yaml"
     )
-    record = here.end(seconds=60)
+    record = here.end(seconds=180)
     assert record.state == "finished"
     rented = read_resource(here.directory())
     assert rented is not None
@@ -277,7 +282,7 @@ def test_what_cannot_be_provided_is_tried_elsewhere_or_told(here: Checkout, clou
 
     cloud_tpu.fail_provisioning("Permission denied on the network", code=7, count=2)
     here.submit("--set", "max_failures=1", "train_tokenizer_vqvae", name="denied", cluster="tpu.yaml")
-    record = here.end("denied", seconds=60)
+    record = here.end("denied", seconds=180)
     assert record.state == "failed"
     assert "Permission denied on the network" in (record.reason or "")
     assert "max_failures: 1" in (record.reason or "")
@@ -312,7 +317,7 @@ def test_cancel_deletes_the_tpu_in_every_state(here: Checkout, cloud_tpu: CloudT
 def test_a_closed_laptop_leaks_nothing_and_another_shell_goes_on(here: Checkout, cloud_tpu: CloudTpu) -> None:
     submit(here, "train_tokenizer_vqvae", "--num_steps", "30")
     end_watcher(here)
-    record = here.end(seconds=60)  # without any launcher
+    record = here.end(seconds=180)  # without any launcher
     assert record.state == "finished"
     cloud_tpu.wait(resource(here), None)
 
@@ -333,7 +338,7 @@ def test_a_closed_laptop_leaks_nothing_and_another_shell_goes_on(here: Checkout,
     leaked = here.jobs("gc", "--cluster", str(here.home / "tpu.yaml"))
     assert f"{resource(here, 'again')} in us-west4-a: SUSPENDED, it is SUSPENDED, and nothing watches" in leaked.stdout
     with subprocess.Popen(here.argv("jobs", "watch", "again"), cwd=here.home, env=here.env) as watcher:
-        wait_until(lambda: here.directory("again").go_file(2).exists(), 60)
+        wait_until(lambda: here.directory("again").go_file(2).exists(), 180)
         other = here.jobs("watch", "again")
         assert other.returncode == 2
         assert "is watched already, by process" in other.stderr
@@ -406,7 +411,7 @@ def test_clocks_that_differ_neither_delete_a_tpu_unsaved_nor_charge_its_loss_to_
 
 def test_a_tpu_that_nothing_can_supervise_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud_tpu_vm, "vm_number", lambda _: 0)
-    monkeypatch.setattr(cloud_tpu_vm, "UNSUPERVISED_SECONDS", 1.0)
+    monkeypatch.setattr(cloud_tpu_vm, "UNSUPERVISED_SECONDS", 3.0)
     plan = SimpleNamespace(settings=yaml.safe_load(CLUSTER))
     agent = cloud_tpu_vm._Agent(RunDir(tmp_path / "r"), plan, "j-r-1", tmp_path)  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="no supervisor stays alive"):  # what follows is up to the startup script
@@ -478,7 +483,7 @@ def test_a_sweep_is_an_experiment_of_work_units(here: Checkout, cloud_tpu: Cloud
     told = here.submit("--sweep", "num_steps=3,4", "train_tokenizer_vqvae", name="s", cluster="tpu.yaml").stdout
     assert "2 runs submitted" in told
     for element, count in (("s.0", 3), ("s.1", 4)):
-        assert here.end(element, seconds=60).state == "finished"
+        assert here.end(element, seconds=180).state == "finished"
         assert steps(here, element) == list(range(1, count + 1))
     table = here.jobs("status", "s").stdout
     assert table.count("finished") == 2
@@ -559,7 +564,7 @@ def test_a_pipeline_rents_each_tpu_when_it_is_needed(here: Checkout, cloud_tpu: 
     (here.home / "world.yaml").write_text(
         "name: w\n"
         "stages:\n"
-        "  first: {job: train_tokenizer_vqvae, args: --num_steps 40, set: [accelerator_type=v5litepod-4]}\n"
+        "  first: {job: train_tokenizer_vqvae, args: --num_steps 150, set: [accelerator_type=v5litepod-4]}\n"
         '  second: {job: train_lam, args: "--num_steps 3 --data_dir {first}", set: [accelerator_type=v5litepod-8]}\n'
     )
     done = here.run("submit", "--cluster", "tpu.yaml", "--pipeline", "world.yaml")
@@ -567,14 +572,14 @@ def test_a_pipeline_rents_each_tpu_when_it_is_needed(here: Checkout, cloud_tpu: 
     assert "a TPU once w-first has finished" in done.stdout
     assert "waiting for w-first to finish" in here.jobs("explain", "w-second").stdout
     assert len(creations(cloud_tpu)) == 1
-    assert here.end("w-second", seconds=60).state == "finished"
+    assert here.end("w-second", seconds=180).state == "finished"
     assert here.end("w-first").state == "finished"
     assert len(creations(cloud_tpu)) == 2
     after = here.run(
         "submit", "--cluster", "tpu.yaml", "--name", "x", "--after", "w-first", "train_lam", "--num_steps", "2"
     )
     assert after.returncode == 0, after.stderr
-    assert here.end("x", seconds=60).state == "finished"
+    assert here.end("x", seconds=180).state == "finished"
 
 
 @pytest.mark.slow
@@ -598,7 +603,7 @@ def test_a_vm_installs_the_locked_environment_once(checkout: Checkout, tmp_path:
         cloud.reboot(resource(checkout), 0)
         begin = time.monotonic()
         again = checkout.directory().log(2, 0)
-        wait_until(lambda: again.exists() and "\nstep " in again.read_text(), 60)
+        wait_until(lambda: again.exists() and "\nstep " in again.read_text(), 180)
         print(f"a step {time.monotonic() - begin:.1f} s after a reboot")
         assert (environment / ".locked").stat().st_mtime == made
         assert checkout.jobs("cancel", "r").returncode == 0
@@ -614,7 +619,7 @@ def test_a_tpu_that_somebody_deletes_is_not_rented_again(here: Checkout, cloud_t
     submit(here, "train_tokenizer_vqvae", "--num_steps", "100000")
     at_step(here, 5)
     Tpus("lab").delete("us-west4-a", resource(here))
-    record = here.end(seconds=60)
+    record = here.end(seconds=180)
     assert (record.state, record.reason) == ("cancelled", "its TPU was deleted, by neither its VMs nor its watcher")
     wait_until(lambda: watched_by(here.directory()) is None)
     assert creations(cloud_tpu) == [resource(here)]
@@ -665,11 +670,11 @@ def test_vms_that_cannot_be_set_up_give_the_tpu_back_and_say_why(
     )  # fmt: skip
     if not watched:
         end_watcher(here)
-    cloud_tpu.wait(resource(here), None, seconds=60)
+    cloud_tpu.wait(resource(here), None, seconds=180)
     if not watched:
         assert "nothing watches it" in here.jobs("status", "r").stdout
         return
-    record = here.end(seconds=120)
+    record = here.end(seconds=240)
     assert record.state == "failed"
     assert (record.reason or "").startswith("a line of setup: failed (VM ")
     assert "max_failures: 1" in (record.reason or "")

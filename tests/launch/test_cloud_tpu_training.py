@@ -60,11 +60,11 @@ class Laptop:
         return RunDir(self.home / "ru'ns" / "r")
 
     def at_step(self, run: RunDir, step: int) -> None:
-        wait_until(lambda: run.metrics.exists() and f'"step": {step},' in run.metrics.read_text(), 120)
+        wait_until(lambda: run.metrics.exists() and f'"step": {step},' in run.metrics.read_text(), 300)
 
     def end(self, run: RunDir) -> RunRecord:
         lives = Watch(run, seconds=0.5)
-        wait_until(lambda: not lives(), 200)
+        wait_until(lambda: not lives(), 400)
         check_events(run)
         read_report(run)
         record = read_standing(run).record
@@ -105,7 +105,7 @@ def test_four_vms_preempted_twice_are_as_if_never_stopped(laptop: Laptop, uninte
         laptop.at_step(run, step)
         rented = _resource(run)
         laptop.cloud.preempt(rented)
-        wait_until(lambda before=rented: _resource(run) != before, 60)  # type: ignore[misc]
+        wait_until(lambda before=rented: _resource(run) != before, 180)  # type: ignore[misc]
     record = laptop.end(run)
     assert [attempt.outcome for attempt in record.attempts] == ["preempted", "preempted", "finished"]
     assert jobs.metrics(run.root, "batch_checksum") == jobs.metrics(uninterrupted, "batch_checksum")

@@ -1,6 +1,15 @@
 """When a job hangs, and who is to blame; time is told, not waited for."""
 
-from launch.watchdog import Hang, Watchdog
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import supervision
+from launch.record import Attempt
+from launch.run_dir import RunDir
+from launch.watchdog import Hang, Silence, Watchdog
 
 
 def beats(
@@ -74,3 +83,30 @@ def test_a_process_that_never_says_a_word_is_found_where_it_should() -> None:
         found_stuck = dog.look(beats([0, 0], second, "joining"), second, [], [0, 1, 2])
     assert found_stuck is not None
     assert found_stuck.host == 2
+
+
+def test_who_could_not_look_for_a_while_calls_nobody_silent() -> None:
+    clock = SimpleNamespace(now=0.0)
+    silence = Silence(lambda: clock.now)
+    for now, sign, seconds in ((1, "a", 0), (20, "a", 19), (40, "a", 39), (90, "a", 0), (110, "a", 20), (120, "b", 0)):
+        clock.now = now
+        assert silence.seconds(sign) == seconds
+
+
+def test_storage_that_was_away_makes_no_job_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "r")
+    run.begin_attempt(1)
+    attempt = Attempt(number=1, processes=1, devices_per_process=1, devices="CPU", code="x", nodes=[], started=0.0)
+    dog = Watchdog(60)
+
+    def hang(second: int, step: int) -> Hang | None:
+        (run.attempt(1) / "host-0.beat.json").write_text(json.dumps(beats([step], second)[0]))
+        monkeypatch.setattr(supervision, "time", SimpleNamespace(monotonic=lambda: float(second)))
+        return supervision.find_hang(run, attempt, [0], dog)
+
+    assert [hang(second, 7) for second in range(0, 60, 2)] == [None] * 30
+    assert hang(200, 7) is None, "whoever asks could not look for two minutes, nor could the job write"
+    assert [hang(second, 7) for second in range(202, 260, 2)] == [None] * 29
+    found = hang(262, 7)
+    assert found is not None
+    assert found.reason.startswith("no progress for 62 s at step 7")

@@ -124,6 +124,7 @@ def test_lines_of_one_file_that_cannot_be_written_hold_up_no_others(gcs: Gcs, mo
     for path in paths:
         outbox.put(path, b"1\n", lambda: None)
     jobs.wait_until(lambda: place(paths[1]).exists(), timeout=30, what="the other file")
+    jobs.wait_until(lambda: outbox.problem is not None, timeout=30, what="a problem")
     assert not outbox.flush(0.5)
     assert "403" in str(outbox.problem)
     gcs.heal()
