@@ -400,9 +400,9 @@ def _client(emulator: str | None) -> Any:
 
 
 def _retry() -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
+    from google.cloud.storage import retry  # not of `….retry`: that fails where another thread is importing the package
 
-    return DEFAULT_RETRY.with_delay(initial=0.2, maximum=10.0, multiplier=2.0).with_timeout(_patience)
+    return retry.DEFAULT_RETRY.with_delay(initial=0.2, maximum=10.0, multiplier=2.0).with_timeout(_patience)
 
 
 @contextlib.contextmanager
@@ -412,7 +412,7 @@ def _errors(path: ObjectPath) -> Iterator[None]:
     import urllib3
     from google.api_core import exceptions as api
     from google.auth.exceptions import GoogleAuthError
-    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+    from google.cloud.storage import exceptions  # as in `_retry`
 
     try:
         yield
@@ -428,8 +428,8 @@ def _errors(path: ObjectPath) -> Iterator[None]:
         api.GoogleAPIError,
         requests.RequestException,
         urllib3.exceptions.HTTPError,
-        DataCorruption,
-        InvalidResponse,
+        exceptions.DataCorruption,
+        exceptions.InvalidResponse,
     ) as error:
         raise OSError(errno.EIO, f"Cloud Storage does not answer: {_message(error)}", str(path)) from error
 

@@ -167,9 +167,9 @@ def _reason(error: Exception) -> str:
 
 
 def _retry(seconds: float) -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
+    from google.cloud.storage import retry  # not of `….retry`: that fails where another thread is importing the package
 
-    return DEFAULT_RETRY.with_timeout(seconds)
+    return retry.DEFAULT_RETRY.with_timeout(seconds)
 
 
 def _blob(item: BucketObject) -> Any:

@@ -145,7 +145,9 @@ class Attempt:
             left_out |= set(restored.meta.get("left_out", ()))
         self.left_out = tuple(sorted(left_out))
         if jax.process_index() == 0:
-            run_files.rewind_metrics(self.run_dir, self.step)
+            run_files.rewind_metrics(
+                self.run_dir, self.step, restored.meta.get("unsent_metrics", ()) if restored else ()
+            )
         self.feed = DataFeed(
             self.dataset,
             self.config,
@@ -336,9 +338,11 @@ class Attempt:
             "processes": jax.process_count(),
             "attempt": run_files.attempt(),
         }
-        # Metrics of this step are on disk already: a run resumed from here has no gap in its curve. Where storage does not
-        # take them now, they come later, and only a kill in between would leave one.
+        # A run resumed from here has no gap in its curve: metrics of its steps are on disk already, or in Cloud Storage.
+        # What that does not take now comes later, or is found in the checkpoint if a kill comes first.
         objects.flush(10)
+        if unsent := run_files.unsent_metrics(self.run_dir):
+            meta["unsent_metrics"] = unsent
         begun = self.checkpoints.save(self.step, self.state, meta, metrics)
         self.heartbeat.doing("stepping")
         blocked = time.perf_counter() - begin

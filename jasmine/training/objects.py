@@ -154,6 +154,11 @@ class _Outbox:
             finally:
                 self._hurry -= 1
 
+    def unsent(self, path: str) -> bytes:
+        with self._changed:
+            some = self._lines.get(path)
+            return some.sending + b"".join(some.waiting) if some is not None else b""
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -192,6 +197,11 @@ def append_later(path: epath.Path, line: bytes, check: Callable[[], None]) -> No
     _outbox.put(str(path), line, check)
 
 
+def unsent(path: epath.Path) -> bytes:
+    """The lines of a file that are not known to be in Cloud Storage yet."""
+    return _outbox.unsent(str(path))
+
+
 def flush(seconds: float) -> Exception | None:
     """Waits until all lines are in Cloud Storage; returns what keeps them from it, None when they are there."""
     if _outbox.flush(seconds):
@@ -206,11 +216,11 @@ def append(path: epath.Path, data: bytes, tried: set[int]) -> None:
         tried: offsets at which earlier calls with the same data, which failed, may have put it; this call adds its own.
     """
     from google.api_core.exceptions import PreconditionFailed
-    from google.cloud.storage.retry import DEFAULT_RETRY
+    from google.cloud.storage import retry  # not of `….retry`: that fails where another thread is importing the package
 
     bucket_name, _, name = str(path).removeprefix("gs://").partition("/")
     bucket = _bucket(bucket_name, os.environ.get("STORAGE_EMULATOR_HOST"))
-    options: dict[str, Any] = {"retry": DEFAULT_RETRY.with_timeout(PATIENCE), "timeout": (5.0, 30.0)}
+    options: dict[str, Any] = {"retry": retry.DEFAULT_RETRY.with_timeout(PATIENCE), "timeout": (5.0, 30.0)}
     piece = bucket.blob(f"{name.rpartition('/')[0]}/.pieces/{uuid.uuid4().hex}")
     uploaded = False
     try:

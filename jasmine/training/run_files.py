@@ -14,7 +14,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 import jax
@@ -211,22 +211,31 @@ def log_event(run_dir: epath.Path, event: str, **fields: Any) -> None:
     JsonLines(run_dir, "events.jsonl").write(record)
 
 
-def rewind_metrics(run_dir: epath.Path, step: int) -> None:
+def unsent_metrics(run_dir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` that storage has not taken yet."""
+    return list(map(json.loads, objects.unsent(run_dir / "metrics.jsonl").splitlines()))
+
+
+def rewind_metrics(run_dir: epath.Path, step: int, unsent: Iterable[Mapping[str, Any]] = ()) -> None:
     """Before going on from `step`: takes the lines of later steps, whose work was lost, out of `metrics.jsonl`.
 
     They move to `metrics.superseded.jsonl`, so that each step stands once in the one file and nothing is lost.
+
+    Args:
+        unsent: `unsent_metrics` when the checkpoint of `step` was saved. What has not come since is put in.
     """
     leave_if_replaced(run_dir)
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return
+    before = path.read_bytes() if path.exists() else b""
     records = read_lines(path)
     steps = [record.get("step", 0) for record in records]
     later = [isinstance(one, int | float) and one > step for one in steps]
     kept = [record for record, is_later in zip(records, later, strict=True) if not is_later]
     lost = [record for record, is_later in zip(records, later, strict=True) if is_later]
+    there = {one for one in steps if isinstance(one, int | float)}
+    kept += [dict(record) for record in unsent if record["step"] not in there]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
-    if lines.encode() == path.read_bytes():
+    if lines.encode() == before:
         return
     superseded = JsonLines(run_dir, "metrics.superseded.jsonl")
     for record in lost:

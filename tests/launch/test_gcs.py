@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from launch.standing import Watch
 from tests.clusters.cloud_tpu import CloudTpu, running_cloud_tpu
 from tests.clusters.gcs import Gcs
 from tests.launch.checkouts import Checkout, is_alive, wait_until
+from tests.launch.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -369,3 +372,31 @@ def test_a_bucket_that_cannot_be_asked_is_told_once_and_hides_nothing(checkout: 
     given = checkout.jobs("list", "--storage", "gs://nobody-s/runs")
     assert given.returncode == 2
     assert given.stderr.startswith("error: storage gs://nobody-s/runs: no Google credentials here")
+
+
+def test_threads_that_ask_storage_first_at_the_same_moment_do_not_disturb_each_other() -> None:
+    """Of a package that one thread is importing, another one imports a part."""
+    code = """
+        import sys, threading
+        from launch import objects
+
+        def ask():
+            with objects._errors(None):
+                pass
+
+        def retry():
+            while "google.cloud.storage" not in sys.modules:
+                pass
+            objects._retry()
+
+        failed = []
+        threading.excepthook = lambda args: failed.append(args.exc_value)
+        threads = [threading.Thread(target=one) for one in (ask, retry)]
+        [one.start() for one in threads]
+        [one.join() for one in threads]
+        sys.exit(str(failed) if failed else 0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

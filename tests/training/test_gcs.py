@@ -146,6 +146,19 @@ def test_training_outlasts_storage_that_fails_for_a_while(straight, tiny_data, g
     assert "20" in steps
 
 
+def test_metrics_that_storage_did_not_take_before_a_kill_are_in_the_checkpoint(straight, tiny_data, gcs: Gcs):
+    job = jobs.start(args(tiny_data), script=jobs.FAULTY, env={"FAULT": "kill@11"})
+    jobs.wait_until(lambda: any("step 3/" in line for line in job.outputs[0]), what="step 3")
+    gcs.fail_next(503, count=10**6, contains="metrics.jsonl")
+    assert job.finish() == [-9]
+    gcs.heal()
+    metrics = place(RUN) / "metrics.jsonl"
+    assert not metrics.exists() or len(metrics.read_text().splitlines()) < 10
+    again = jobs.run(args(tiny_data))
+    assert "resumed from the checkpoint of step 10" in again.output()
+    assert_same(straight, exactly=True)
+
+
 def test_lines_that_are_taken_out_of_the_metrics_are_kept_before_they_are_taken_out(gcs: Gcs):
     metrics = place(RUN) / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
