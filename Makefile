@@ -32,14 +32,14 @@ world: setup
 	@$(BIN)/python scripts/world.py
 
 # ARGS="-k resume" chooses. Tests of jobs of several processes come at the end, whatever the others say: they mostly wait, and
-# suffer from neighbours that compute. The longest ones come first in each part. Of pytest's exit codes 1 is "some failed" and 5
-# "none was chosen"; others end it at once.
+# suffer from neighbours that compute. In each part the order is the one in which what takes longest in one piece comes early. Of
+# pytest's exit codes 1 is "some failed" and 5 "none was chosen"; others end it at once.
 WORKERS ?= 2
 JOB_WORKERS ?= 3
 test: setup
 	@failed=0; \
-	part() { $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder "$$@" $(ARGS) || case $$? in 1) failed=1;; 5) ;; *) exit 1;; esac; }; \
-	part -n $(WORKERS) --jobs without; \
+	part() { $(BIN)/python -m pytest --dist loadgroup "$$@" $(ARGS) || case $$? in 1) failed=1;; 5) ;; *) exit 1;; esac; }; \
+	part -n $(WORKERS) --jobs without --no-loadscope-reorder; \
 	part -n $(JOB_WORKERS) --jobs only; \
 	exit $$failed
 
