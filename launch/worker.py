@@ -94,9 +94,8 @@ def main() -> int:
             shipper = Shipper(run.log(attempt, options.host))  # its thread must not be there when the job is forked
             look = _Look(run, attempt, options.host, job.pid, forwarded)
             code = _watch(job, look, options.parent_pid, options.grace_seconds, forwarded)
-    ended = (
-        time.time()
-    )  # what follows takes as long as storage likes, and of several that fail the first one is to blame
+    # Not later: what follows takes as long as storage likes, and of several that fail the first one is to blame.
+    ended = time.time()
     (shipper or Shipper(run.log(attempt, options.host))).close()  # who sees how the job ended finds all that it said
     died_of = signal.Signals(-code).name if code < 0 else None
     code = 128 - code if code < 0 else code

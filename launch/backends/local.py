@@ -307,7 +307,8 @@ class _Supervisor:
     def _collect_exits(self, attempt: Attempt, workers: dict[int, subprocess.Popen[bytes]]) -> bool:
         """Move hosts that have ended from `workers` to the attempt, in the order of their ends; return if there were any."""
         ended = [host for host, worker in workers.items() if worker.poll() is not None]
-        if ended and len(ended) < len(workers):
+        failed = any(workers[host].returncode not in (0, EXIT_SAVED) for host in ended)
+        if failed and len(ended) < len(workers):
             wait_for_neighbours(self.run)
             ended = [host for host, worker in workers.items() if worker.poll() is not None]
         exits = [self._exit_of(attempt.number, host, workers.pop(host).returncode) for host in ended]
