@@ -116,9 +116,8 @@ def test_the_one_that_is_not_is_named(tmp_path: Path, fault: str, seconds: int, 
     try:
         codes = [process.wait(60) for process in others]
         told = run / "events.jsonl"
-        wait_until(
-            lambda: told.exists() and told.read_text().endswith("\n")
-        )  # the culprit may be the one who writes it
+        # By the culprit, at times, which is killed next.
+        wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
     finally:
         for process in job.processes:
             process.kill()
