@@ -133,14 +133,19 @@ def test_of_checkpoints_with_one_wrong_bit_the_one_before_is_opened_and_nothing_
             return opened.step == 2 and opened.fingerprint() != good.fingerprint()
 
     def damage_step_2() -> None:
-        """Flips bits of the largest file, one after another, until one is of a parameter."""
-        state = run / "checkpoints" / "2" / "state"
-        largest = max((path for path in state.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
-        whole = largest.read_bytes()
-        for at in range(len(whole) // 50, len(whole), len(whole) // 50):
-            largest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            if is_wrong_unnoticed():
-                return
+        """Flips one bit, in one place after another, until it is one of a parameter.
+
+        How Orbax parts the arrays among files differs from save to save: the largest may have no parameters at all.
+        """
+        files = [path for path in (run / "checkpoints" / "2" / "state").rglob("d/*") if path.is_file()]
+        for part in range(1, 50):
+            for path in sorted(files, key=lambda path: path.stat().st_size, reverse=True):
+                whole = path.read_bytes()
+                at = len(whole) * part // 50
+                path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+                if is_wrong_unnoticed():
+                    return
+                path.write_bytes(whole)
         raise AssertionError("no bit of a parameter is found")
 
     damage_step_2()
