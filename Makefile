@@ -34,13 +34,24 @@ world: setup
 # ARGS="-k resume" chooses. Tests of jobs of several processes come at the end, whatever the others say: they mostly wait, and
 # suffer from neighbours that compute. In each part the order is the one in which what takes longest in one piece comes early. Of
 # pytest's exit codes 1 is "some failed" and 5 "none was chosen"; others end it at once.
+#
+# AGAIN=1, as in CI: what fails is run once more, alone, and fails for good at the first that fails again. That is not to forget it:
+# the first failure stays in the output, and the last lines name those who passed only then. Of what failed once in sixteen hundred,
+# more than half was the product's fault (docs/lab-notes.md).
 WORKERS ?= 2
 JOB_WORKERS ?= 3
+AGAIN ?=
 test: setup
 	@failed=0; \
-	part() { $(BIN)/python -m pytest --dist loadgroup "$$@" $(ARGS) || case $$? in 1) failed=1;; 5) ;; *) exit 1;; esac; }; \
+	tests() { $(BIN)/python -m pytest --dist loadgroup "$$@" $(ARGS); }; \
+	part() { tests "$$@" || case $$? in 1) failed=1;; 5) ;; *) exit 1;; esac; }; \
 	part -n $(WORKERS) --jobs without --no-loadscope-reorder; \
 	part -n $(JOB_WORKERS) --jobs only; \
+	if ((failed)) && test -n "$(AGAIN)"; then \
+	    echo "==== what failed, once more, alone ===="; \
+	    tests -n 1 --last-failed --last-failed-no-failures none --maxfail 1 -v && failed=0; \
+	    ((failed)) || echo "==== passed, but the tests above only the second time: look for the cause in what they printed the first ===="; \
+	fi; \
 	exit $$failed
 
 # About an hour for each of four campaigns; FAULTS=10 SEED=3 makes shorter and other ones. One that fails keeps its folder.
