@@ -25,6 +25,7 @@ from jasmine.errors import ClusterError, UserError
 from jasmine.training import checksums, distributed, objects, run_files
 from jasmine.training.config import TrainConfig
 from jasmine.training.nonfinite import name_of
+from jasmine.training.save_barrier import SaveBarrier
 from jasmine.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -118,13 +119,14 @@ class Checkpointer:
             keep.append(_KeepBest(config.best_metric, config.best_mode, config.keep_best))
         self._best_metric = config.best_metric if config.keep_best > 0 else None
         self._read_only = read_only
+        self._barrier = SaveBarrier() if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             # Has Orbax store the metrics; what stays is up to the policies above.
             best_fn=(lambda metrics: metrics[config.best_metric]) if config.keep_best > 0 else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS),
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT_SECONDS, barrier_sync_fn=self._barrier),
         )
         _share_writing()
         try:
@@ -164,16 +166,21 @@ class Checkpointer:
             if self._saving not in self._failed_steps:  # else there was none to wait for
                 self._failures = 0
             self._tell()
+        self._give_up_if_hopeless()
         if step in self.steps():
             return True
         self._saving = step
+        if self._barrier is not None:
+            self._barrier.begin()
         self._failed_steps.discard(step)
         value = (metrics or {}).get(self._best_metric) if self._best_metric else None
         stored = {self._best_metric: float(value)} if value is not None and math.isfinite(value) else None
         try:
             self._manager.save(step, args=items, metrics=stored, force=True)
         except Exception as error:
-            return self._failed(step, error)
+            saved = self._failed(step, error)
+            self._give_up_if_hopeless()
+            return saved
         self._told = False
         return True
 
@@ -189,16 +196,11 @@ class Checkpointer:
         return True
 
     def poll(self) -> None:
-        """Notices a failure of the save in the background without waiting for it."""
+        """Notices how the save in the background has ended, without waiting for it."""
         # While one is under way, Orbax would wait for its metadata for as long as storage does not answer.
-        if self._manager.is_saving_in_progress():
+        if self._told or self._manager.is_saving_in_progress():
             return
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            self._failed(None, error)
-        else:
-            self._tell()
+        self.wait()
 
     def _tell(self) -> None:
         if not self._told and self._saving is not None and self._saving not in self._failed_steps:
@@ -222,6 +224,7 @@ class Checkpointer:
             self._tell()
             return True
         self._failures += 1
+        self._told = True
         self._remove_partial()
         if step is not None:
             self._failed_steps.add(step)
@@ -229,13 +232,17 @@ class Checkpointer:
             self._manager.reload()
         which = f"the checkpoint of step {step}"
         text = f"{which} could not be saved in {self.directory}: {objects.reason(error)}"
+        if self._failures >= FAILED_SAVES_IN_A_ROW:
+            text += f"; {self._failures} saves in a row failed"
         self._problem = f"{text}. The last good one: {self._newest()}"
         self._problem_may_pass = objects.may_pass(error)
-        if self._failures >= FAILED_SAVES_IN_A_ROW:
-            self._problem = f"{text}; {self._failures} saves in a row failed. The last good one: {self._newest()}"
-            raise self.failure() from error
         print(f"warning: {self._problem}", flush=True)
         return False
+
+    def _give_up_if_hopeless(self) -> None:
+        """Only where a save is to begin, which is the same step on all processes."""
+        if self._failures >= FAILED_SAVES_IN_A_ROW:
+            raise self.failure()
 
     def failure(self, where: str = "") -> UserError | ClusterError:
         """What to raise where training cannot go on without the last save that failed; `where` begins its message."""

@@ -54,6 +54,8 @@ def errors(path: epath.Path) -> tuple[type[Exception], ...]:
 def reason(error: BaseException) -> str:
     """What a storage error says, as one line: of a chain of causes what the operating system says, else the first line."""
     for link in _chain(error):
+        if isinstance(link, UserError | ClusterError):
+            return str(link)
         if isinstance(link, OSError) and link.strerror:
             return link.strerror
         if number := _number_in(str(link)):
@@ -74,6 +76,8 @@ def may_pass(error: BaseException) -> bool:
 
     unreachable = (ConnectionError, TimeoutError, TransportError, *RETRIABLE_EXCEPTIONS)
     for link in _chain(error):
+        if isinstance(link, UserError | ClusterError):
+            return isinstance(link, ClusterError)
         status = _status(link)
         if status is not None:
             return status in (408, 429) or status >= 500

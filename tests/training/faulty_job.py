@@ -1,6 +1,7 @@
 """A baseline (FAULT_JOB; the tokenizer) with one fault at an exact step, from the environment: FAULT=name@step[@process].
 
 kill: SIGKILL after that step's metrics line · kill_in_save: SIGKILL once that step's checkpoint is being written ·
+full_folder, full_write, full_commit: the disk is full when that step's checkpoint gets its folder, its arrays, or its name ·
 raise: an exception after that step · term, usr1: that signal to this process · eio: its checkpoint, restored from, is first
 read with an input/output error · mark: it says after every step how far it is
 """
@@ -13,6 +14,7 @@ import sys
 import time
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import atomicity
 
 from jasmine.training import attempt, cli
 from jasmine.training.attempt import Attempt
@@ -27,12 +29,40 @@ fault_step = int(step)
 if process and os.environ.get("JAX_PROCESS_ID") != process[0]:
     name = "none"
 
+saving = 0
 save = Checkpointer.save
+create = atomicity.AtomicRenameTemporaryPath.create
+async_save = ocp.StandardCheckpointHandler.async_save
+finalize = ocp.StandardCheckpointHandler.finalize
 restore_state = ocp.StandardCheckpointHandler.restore
 speed = Attempt._speed
 
 
+def full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullDisk(ocp.future.NoopFuture):
+    def result(self, timeout=None):
+        full()
+
+
+async def create_with_fault(self):
+    return full() if name == "full_folder" and f"{step}." in self.get().name else await create(self)
+
+
+async def async_save_with_fault(self, directory, *args, **kwargs):
+    futures = await async_save(self, directory, *args, **kwargs)
+    return [*futures, FullDisk()] if name == "full_write" and saving == fault_step else futures
+
+
+def finalize_with_fault(self, directory):
+    return full() if name == "full_commit" and f"{step}." in directory.parent.name else finalize(self, directory)
+
+
 def save_with_fault(self, step, *args):
+    global saving
+    saving = step
     begun = save(self, step, *args)
     if step == fault_step and name == "kill_in_save":
         while "://" not in str(self.directory) and not list(self.directory.glob(f"{step}*")):
@@ -64,6 +94,9 @@ def restore_state_with_fault(self, directory, *args, **kwargs):
 if name == "mark":
     attempt.MARK_SECONDS = 0.0
 Checkpointer.save = save_with_fault
+atomicity.AtomicRenameTemporaryPath.create = create_with_fault
+ocp.StandardCheckpointHandler.async_save = async_save_with_fault
+ocp.StandardCheckpointHandler.finalize = finalize_with_fault
 ocp.StandardCheckpointHandler.restore = restore_state_with_fault
 Attempt._speed = speed_with_fault
 

@@ -185,6 +185,20 @@ def test_full_disk_keeps_the_last_good_checkpoint(straight, tiny_data, small_dis
     assert jobs.metrics(elsewhere, "loss") == jobs.metrics(straight, "loss")
 
 
+@pytest.mark.parametrize("fault", ["full_folder@20@0", "full_write@20@0", "full_write@20@1", "full_commit@20@0"])
+def test_a_save_that_fails_on_one_of_two_processes_fails_on_both_at_once(straight, tiny_data, tmp_path, fault):
+    run_dir = tmp_path / "run"
+    args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)]
+    job = jobs.run(args, script=jobs.FAULTY, env={"FAULT": fault}, processes=2)  # Orbax would wait for ten minutes
+    for process in (0, 1):
+        (warning,) = [line for line in job.output(process).splitlines() if line.startswith("warning:")]
+        where = "" if fault.endswith(f"@{process}") else f" (on process {fault[-1]})"
+        assert warning.endswith(f": No space left on device{where}. The last good one: step 10")
+    assert [event["step"] for event in jobs.events(run_dir, "checkpoint_committed")] == [10, 30, 40]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["10", "30", "40"]
+    same_curve(run_dir, straight)
+
+
 def test_a_disk_that_is_full_from_the_start_is_nobodys_mistake(tiny_data, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -40,6 +40,36 @@ def keep(directory, metrics: dict[int, float | None], **options) -> list[int]:
     return Checkpointer(epath.Path(directory), TrainConfig(data_dir="unused")).steps()
 
 
+def test_how_a_save_has_ended_is_noticed_without_waiting_for_it(tmp_path, monkeypatch, capfd):
+    finalize = ocp.StandardCheckpointHandler.finalize
+
+    def finalize_on_a_full_disk(self, directory):
+        if not directory.parent.name.startswith("1."):
+            raise error_of(errno.ENOSPC)
+        finalize(self, directory)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", finalize_on_a_full_disk)
+    saved: list[int] = []
+    checkpoints = Checkpointer(epath.Path(tmp_path), TrainConfig(data_dir="unused"), on_saved=saved.append)
+    output = ""
+
+    def noticed(how_often: int) -> bool:
+        nonlocal output
+        checkpoints.poll()
+        output += capfd.readouterr().out
+        return len(saved) + output.count("No space left on device") == how_often
+
+    for step in (1, 2, 3, 4):
+        assert checkpoints.save(step, STATE, {})
+        jobs.wait_until(lambda: noticed(step))  # noqa: B023  # it is called in this round
+        checkpoints.poll()  # what is known is not news
+    assert saved == [1]
+    assert "step 4 could not be saved in" in output.splitlines()[-1]
+    assert output.endswith("No space left on device; 3 saves in a row failed. The last good one: step 1\n")
+    with pytest.raises(ClusterError, match="3 saves in a row failed"):
+        checkpoints.save(5, STATE, {})
+
+
 @pytest.mark.parametrize("where", ["disk", pytest.param("gs", marks=pytest.mark.slow)])
 def test_every_reason_to_keep_a_checkpoint_holds_after_a_resume_too(where, tmp_path, request):
     if where == "gs":
