@@ -129,7 +129,6 @@ class _Watcher:
         self.period = float(os.environ.get(WATCH_VARIABLE, WATCH_SECONDS))
         self.in_a_row = 0
         self._vm0 = Silence(clock)
-        self._active_since: tuple[str, float] = ("", clock())
         self._asked_to_end_at: float | None = None
         self._rent_at: float | None = None  # once the resource before is gone
 
@@ -280,11 +279,9 @@ class _Watcher:
         """Return what is wrong when VM 0, which supervises, has not come up, or lives no more."""
         beat = self.run.tpu_vm(noted.id, 0)
         text = beat.read_text() if beat.exists() else None
-        now, silent = self.clock(), self._vm0.seconds((noted.id, text), 3 * self.period)
-        if self._active_since[0] != noted.id:
-            self._active_since = (noted.id, now)
+        silent = self._vm0.seconds((noted.id, text), 3 * self.period)
         if text is None:
-            late = now - self._active_since[1] > settings.boot_timeout
+            late = silent > settings.boot_timeout
             return f"VM 0 of its TPU did not come up within {settings.boot_timeout} s" if late else None
         lost = silent > max(settings.silent_timeout, 3 * self.period)
         return f"VM 0 of its TPU has been silent for {settings.silent_timeout} s" if lost else None

@@ -129,6 +129,22 @@ def test_the_pause_before_another_tpu_doubles_with_each_that_came_to_nothing(tmp
         assert (rented(plan).number, rented(plan).zone) == (number + 1, "us-west4-a")
 
 
+def test_only_the_time_in_which_it_could_look_counts_against_vms_that_boot(tmp_path: Path, cloud: CloudTpu) -> None:
+    plan = planned(tmp_path, "boot_timeout=60")
+    cloud.wait(rent_first(plan).id, "ACTIVE")
+    watcher = watcher_of(plan, clock := Clock())
+    watcher._look()
+    clock.now += 300  # storage was away
+    for _ in range(3):
+        watcher._look()
+        assert rented(plan).leaving is None
+        clock.now += 25
+    watcher._look()
+    leaving = rented(plan).leaving
+    assert leaving is not None
+    assert leaving.why == "VM 0 of its TPU did not come up within 60 s"
+
+
 def test_a_run_that_is_preempted_too_often_ends(tmp_path: Path, cloud: CloudTpu) -> None:
     plan = planned(tmp_path, "max_preemptions=1", "accelerator_type=v5litepod-4")
     rent_first(plan)
