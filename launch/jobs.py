@@ -80,9 +80,8 @@ def _all_of_a_sweep(options: argparse.Namespace, elements: list[str]) -> int:
     each = [argparse.Namespace(**vars(options) | {"run": name}) for name in elements]
     if options.command is explain:
         return max(map(explain, each))
-    live = [
-        (run, standing.record) for run, standing in (find_run(one.run, one.storage) for one in each) if standing.live
-    ]
+    found = (find_run(one.run, one.storage) for one in each)
+    live = [(run, standing.record) for run, standing in found if standing.live or standing.seen.holds]
     if not live:
         raise UserError(f"no run of the sweep {options.run!r} is running: there is nothing to cancel")
     return _cancel(live)
@@ -193,7 +192,7 @@ def logs(options: argparse.Namespace) -> int:
 def cancel(options: argparse.Namespace) -> int:
     """Ask a run to save and stop, and wait until nothing of it lives."""
     run, standing = find_run(options.run, options.storage)
-    if not standing.live:
+    if not standing.live and not standing.seen.holds:
         state = standing.record.state
         raise UserError(f"run {run.name!r} is not running (its state: {state}): there is nothing to cancel")
     return _cancel([(run, standing.record)])

@@ -25,6 +25,7 @@ class Sighting:
         detail: one line in plain words, such as why it waits; "" when there is nothing to say.
         answered: False when the scheduler could not be asked; `live` is then the record's word.
         facts: more for `status`, label to text.
+        holds: whether something is held for it though it does not live, which `cancel` gives back.
     """
 
     live: bool
@@ -32,6 +33,7 @@ class Sighting:
     detail: str = ""
     answered: bool = True
     facts: tuple[tuple[str, str], ...] = ()
+    holds: bool = False
 
 
 class Backend(Protocol):
@@ -58,7 +60,7 @@ class Backend(Protocol):
         """Return how runs stand that are not known to have ended; changes nothing and returns within seconds."""
 
     def cancel(self, run: RunDir, record: RunRecord) -> None:
-        """Ask a live run to save and stop.
+        """Ask a run that lives, or for which something is held, to save and stop.
 
         Raises:
             UserError: the cluster cannot be asked.

@@ -411,8 +411,8 @@ def _sighting(
     if rented is not None:
         facts.append(("TPU", f"{rented.id} ({settings.accelerator_type}) in {rented.zone}"))
 
-    def seen(live: bool, state: State | None, detail: str, *, answered: bool = True) -> Sighting:
-        return Sighting(live, state, detail, answered, tuple(facts))
+    def seen(live: bool, state: State | None, detail: str, *, answered: bool = True, holds: bool = False) -> Sighting:
+        return Sighting(live, state, detail, answered, tuple(facts), holds)
 
     if rented is None:
         after = ", ".join(record.submissions[-1].plan.after)
@@ -443,7 +443,10 @@ def _sighting(
         return seen(True, "submitted", f"{what}; its watcher sees to another one")
     if found is not None and found.state == "DELETING":
         return seen(True, None, what)
-    return seen(False, "lost", f"{what}, and nothing watches it: `jobs.py watch {run.name}` rents another one")
+    lost = f"{what}, and nothing watches it: `jobs.py watch {run.name}` rents another one"
+    if found is not None:
+        lost += f", `jobs.py cancel {run.name}` only gives it back"
+    return seen(False, "lost", lost, holds=found is not None)
 
 
 def cancel(run: RunDir, record: RunRecord) -> None:
