@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_SECONDS = 600
 FAILED_SAVES_IN_A_ROW = 3
+MOST_ERRORS = 100  # of one save
 # Processes that hold the same array share the writing of it if each of its replicas gets this much. Orbax would have the
 # devices of one process share it too, and every bias, and cut them up by a program for each shape and place, which takes
 # seconds to compile: training stands still for that.
@@ -119,7 +120,7 @@ class Checkpointer:
             keep.append(_KeepBest(config.best_metric, config.best_mode, config.keep_best))
         self._best_metric = config.best_metric if config.keep_best > 0 else None
         self._read_only = read_only
-        self._barrier = SaveBarrier() if jax.process_count() > 1 else None
+        self._barrier = SaveBarrier(self._settle) if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             # Has Orbax store the metrics; what stays is up to the policies above.
@@ -158,8 +159,7 @@ class Checkpointer:
         described = {**meta, checksums.KEY: checksums.checksums(_parts(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(described))
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._wait()
         except Exception as error:  # of the save before
             self._failed(None, error)
         else:
@@ -187,13 +187,31 @@ class Checkpointer:
     def wait(self) -> bool:
         """Waits until what was begun is on disk. Returns False, having logged it, if it failed."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._wait()
         except Exception as error:
             return self._failed(None, error)
         self._failures = 0
         self._tell()
         return True
+
+    def _wait(self) -> None:
+        """Waits until nothing of the save under way is written any more; raises what has gone wrong."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception:
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        """Waits for what a save that has failed still writes. Orbax stops waiting at each error that there is; what is left
+        of them would be taken for one of the next save."""
+        for _ in range(MOST_ERRORS):
+            try:
+                self._manager._checkpointer.wait_until_finished()
+            except Exception:
+                continue
+            return
 
     def poll(self) -> None:
         """Notices how the save in the background has ended, without waiting for it."""

@@ -9,6 +9,7 @@ whoever comes out of one of them and finds that said fails as well. So all proce
 import contextlib
 import itertools
 import sys
+from collections.abc import Callable
 
 import jax
 from orbax.checkpoint._src.futures import future, synchronization  # what they do has no public name
@@ -27,7 +28,12 @@ class SaveBarrier:
 
     _numbers = itertools.count()  # of saves, for names that no earlier one had
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
+        """
+        Args:
+            settle: returns once this process writes nothing any more, whether or not that has gone well.
+        """
+        self._settle = settle
         self._save = -1
         self._begun = False
         self._joined: set[str] = set()
@@ -51,17 +57,19 @@ class SaveBarrier:
             self._look()
             return
         if _END in key:
-            if self._begun:
-                self._join_what_was_left_out(timeout_ms)
+            error = sys.exc_info()[1]  # Orbax comes to the end by a `finally`
+            if self._begun and error is not None:
+                self._fail(error, timeout_ms)
             self._begun = True
         self._wait(key, timeout_ms)
 
-    def _join_what_was_left_out(self, timeout_ms: int) -> None:
-        left_out = [one for one in _MEETINGS if one not in self._joined]
-        if left_out:
-            self._tell(sys.exc_info()[1])
-        for meeting in left_out:
-            self._meet(meeting, timeout_ms)
+    def _fail(self, error: BaseException, timeout_ms: int) -> None:
+        """Say so, and join the meetings that were left out."""
+        self._tell(error)
+        self._settle()  # what has failed may be a small file, while a thread still writes, and will come to the meetings
+        for meeting in _MEETINGS:
+            if meeting not in self._joined:
+                self._meet(meeting, timeout_ms)
 
     def _meet(self, meeting: str, timeout_ms: int) -> None:
         self._joined.add(meeting)
@@ -74,8 +82,7 @@ class SaveBarrier:
     def _wait(self, name: str, timeout_ms: int) -> None:
         distributed.coordination_client().wait_at_barrier(f"{self._name}/{name}/{self._begun}", timeout_ms)
 
-    def _tell(self, error: BaseException | None) -> None:
-        error = error or RuntimeError("cancelled")
+    def _tell(self, error: BaseException) -> None:
         kind = ClusterError if objects.may_pass(error) else UserError
         said = f"{kind.__name__} {objects.reason(error)} (on process {jax.process_index()})"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first

@@ -325,8 +325,21 @@ def storage_breaks_off(chaos: "Campaign") -> None:
 
 @_fault("Cloud Storage is dead for some seconds", possible=_in_bucket, unnoticed=True, moments=WITH_DELETIONS)
 def storage_dies(chaos: "Campaign") -> None:
+    _without_storage(chaos, chaos.random.uniform(1, 8))
+
+
+@_fault(
+    "Cloud Storage is dead for longer than anybody may be silent",
+    possible=_in_bucket,
+    unnoticed=True,
+    moments=WITH_DELETIONS,
+)
+def storage_stays_dead(chaos: "Campaign") -> None:
+    _without_storage(chaos, chaos.random.uniform(30, 80))
+
+
+def _without_storage(chaos: "Campaign", seconds: float) -> None:
     assert chaos.backend.bucket is not None
-    seconds = chaos.random.uniform(1, 8)
     chaos.note(f"for {seconds:.1f} s")
     chaos.backend.bucket.kill()
     time.sleep(seconds)

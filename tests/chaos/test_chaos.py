@@ -18,7 +18,10 @@ CAMPAIGNS = {
     ),
     "local --bucket": (
         ["--stay", "5"],
-        ["storage_503", "storage_silent", "storage_breaks_off", "storage_dies", "kill_worker", "term_supervisor"],
+        [
+            *("storage_503", "storage_silent", "storage_breaks_off", "storage_dies", "storage_stays_dead"),
+            *("kill_worker", "term_supervisor"),
+        ],
     ),
     "slurm": (
         ["--stay", "6"],

@@ -1,7 +1,8 @@
 """A baseline (FAULT_JOB; the tokenizer) with one fault at an exact step, from the environment: FAULT=name@step[@process].
 
 kill: SIGKILL after that step's metrics line · kill_in_save: SIGKILL once that step's checkpoint is being written ·
-full_folder, full_write, full_commit: the disk is full when that step's checkpoint gets its folder, its arrays, or its name ·
+full_folder, full_record, full_write, full_commit: the disk is full when that step's checkpoint gets its folder, a small file
+beside its arrays, the arrays, or its name ·
 raise: an exception after that step · term, usr1: that signal to this process · eio: its checkpoint, restored from, is first
 read with an input/output error · mark: it says after every step how far it is
 """
@@ -14,6 +15,7 @@ import sys
 import time
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.metadata import checkpoint as metadata
 from orbax.checkpoint._src.path import atomicity
 
 from jasmine.training import attempt, cli
@@ -32,6 +34,7 @@ if process and os.environ.get("JAX_PROCESS_ID") != process[0]:
 saving = 0
 save = Checkpointer.save
 create = atomicity.AtomicRenameTemporaryPath.create
+update = metadata._MetadataStoreImpl.update
 async_save = ocp.StandardCheckpointHandler.async_save
 finalize = ocp.StandardCheckpointHandler.finalize
 restore_state = ocp.StandardCheckpointHandler.restore
@@ -49,6 +52,10 @@ class FullDisk(ocp.future.NoopFuture):
 
 async def create_with_fault(self):
     return full() if name == "full_folder" and f"{step}." in self.get().name else await create(self)
+
+
+def update_with_fault(self, file_path, **fields):
+    return full() if name == "full_record" and f"/{step}." in str(file_path) else update(self, file_path, **fields)
 
 
 async def async_save_with_fault(self, directory, *args, **kwargs):
@@ -95,6 +102,7 @@ if name == "mark":
     attempt.MARK_SECONDS = 0.0
 Checkpointer.save = save_with_fault
 atomicity.AtomicRenameTemporaryPath.create = create_with_fault
+metadata._MetadataStoreImpl.update = update_with_fault
 ocp.StandardCheckpointHandler.async_save = async_save_with_fault
 ocp.StandardCheckpointHandler.finalize = finalize_with_fault
 ocp.StandardCheckpointHandler.restore = restore_state_with_fault
