@@ -190,6 +190,8 @@ class Checkpointer:
             self._wait()
         except Exception as error:
             return self._failed(None, error)
+        if self._saving in self._failed_steps:  # as is known already
+            return False
         self._failures = 0
         self._tell()
         return True

@@ -189,9 +189,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(straight, tiny_data, small_dis
 def test_a_save_that_fails_on_one_of_two_processes_fails_on_both_at_once(straight, tiny_data, tmp_path, fault):
     run_dir = tmp_path / "run"
     args = [*TINY, "--data_dir", str(tiny_data), "--ckpt_dir", str(run_dir)]
-    job = jobs.run(
-        args, script=jobs.FAULTY, env={"FAULT": f"full_{fault}"}, processes=2
-    )  # Orbax would wait for ten minutes
+    # Orbax would wait for ten minutes.
+    job = jobs.run(args, script=jobs.FAULTY, env={"FAULT": f"full_{fault}"}, processes=2)
     for process in (0, 1):
         (warning,) = [line for line in job.output(process).splitlines() if line.startswith("warning:")]
         where = "" if fault.endswith(f"@{process}") else f" (on process {fault[-1]})"

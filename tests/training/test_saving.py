@@ -63,6 +63,7 @@ def test_how_a_save_has_ended_is_noticed_without_waiting_for_it(tmp_path, monkey
         assert checkpoints.save(step, STATE, {})
         jobs.wait_until(lambda: noticed(step))  # noqa: B023  # it is called in this round
         checkpoints.poll()  # what is known is not news
+        assert checkpoints.wait() == (step == 1)
     assert saved == [1]
     assert "step 4 could not be saved in" in output.splitlines()[-1]
     assert output.endswith("No space left on device; 3 saves in a row failed. The last good one: step 1\n")
