@@ -158,14 +158,7 @@ class Checkpointer:
         run_files.leave_if_replaced(self.directory.parent)
         described = {**meta, checksums.KEY: checksums.checksums(_parts(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(described))
-        try:
-            self._wait()
-        except Exception as error:  # of the save before
-            self._failed(None, error)
-        else:
-            if self._saving not in self._failed_steps:  # else there was none to wait for
-                self._failures = 0
-            self._tell()
+        self.wait()  # for the save before
         self._give_up_if_hopeless()
         if step in self.steps():
             return True
@@ -187,23 +180,16 @@ class Checkpointer:
     def wait(self) -> bool:
         """Waits until what was begun is on disk. Returns False, having logged it, if it failed."""
         try:
-            self._wait()
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         except Exception as error:
+            self._settle()
             return self._failed(None, error)
         if self._saving in self._failed_steps:  # as is known already
             return False
         self._failures = 0
         self._tell()
         return True
-
-    def _wait(self) -> None:
-        """Waits until nothing of the save under way is written any more; raises what has gone wrong."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception:
-            self._settle()
-            raise
 
     def _settle(self) -> None:
         """Waits for what a save that has failed still writes. Orbax stops waiting at each error that there is; what is left
